@@ -1,0 +1,54 @@
+"""A resampler for streams, and samples of any kind as mono float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import soxr
+from numpy.typing import NDArray
+
+from speechattn.errors import InputError
+
+__all__ = ["Resampler", "Samples", "to_mono"]
+
+Samples = NDArray[np.float32]
+
+LOWEST_RATE, HIGHEST_RATE = 4000, 768000
+
+
+class Resampler:
+    """Samples at one rate in, at another out (band-limited, libsoxr).
+
+    Law: any split of the input gives exactly the same output samples, bit for bit.
+    """
+
+    def __init__(self, rate: int, target: int) -> None:
+        if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+            raise InputError(f"sample rate {rate} Hz: speech needs {LOWEST_RATE} to {HIGHEST_RATE} Hz")
+        self.rate, self.target = rate, target
+        self.stream = None if rate == target else soxr.ResampleStream(rate, target, 1, dtype="float32")
+
+    def feed(self, samples: Samples, *, last: bool = False) -> Samples:
+        """Samples [n] -> those [m] that can be said now; `last` flushes, and nothing may follow."""
+        if self.stream is None:
+            return samples
+        return np.asarray(self.stream.resample_chunk(samples, last=last), np.float32)
+
+
+def to_mono(samples: object) -> Samples:
+    """Samples [n] or [n, channels], float or integer -> float32 [n], integers scaled to [-1, 1).
+
+    InputError for other shapes and types, and for NaN or infinity.
+    """
+    x = np.asarray(samples)
+    if x.ndim not in (1, 2):
+        raise InputError(f"samples of shape {x.shape}: wanted [n] or [n, channels]")
+    if x.dtype == np.uint8:
+        x = (x.astype(np.float32) - 128) / 128
+    elif np.issubdtype(x.dtype, np.signedinteger):
+        x = x.astype(np.float32) / -float(np.iinfo(x.dtype).min)
+    elif not np.issubdtype(x.dtype, np.floating):
+        raise InputError(f"samples of type {x.dtype}: wanted floating point, signed integers or uint8")
+    bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))
+    if len(bad):
+        raise InputError(f"sample {bad[0]} is not a finite number ({len(bad)} such samples in this piece)")
+    return (x.mean(1) if x.ndim == 2 else x).astype(np.float32)

@@ -1,0 +1,3 @@
+"""Corpora: fetched, checked, and written as WAV files with lhotse-compatible manifests."""
+
+__all__: list[str] = []

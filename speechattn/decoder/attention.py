@@ -1,0 +1,134 @@
+"""Transformer attention decoder over any cross attention, cached per hypothesis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from speechattn.cross import CrossAttention
+from speechattn.frames import Memory
+from speechattn.stream import Buffer
+
+__all__ = ["AttentionDecoder", "DecoderState", "Head"]
+
+Head = tuple[int, int]  # (decoder layer, head in that layer), both from 0
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """One hypothesis per row: `cache` holds each layer's keys and values [B, U, 2, D], `cross` what each layer read."""
+
+    cache: tuple[Buffer, ...]
+    cross: tuple[Any, ...]
+
+    @property
+    def length(self) -> Tensor:
+        """Tokens read so far [B]."""
+        return self.cache[0].length
+
+    def truncate(self, length: int) -> DecoderState:
+        """Forget the tokens behind the first `length`."""
+        return DecoderState(tuple(c.truncate(length) for c in self.cache), self.cross)
+
+
+class CausalSelfAttention(nn.Module):
+    """Tokens look at themselves and at earlier tokens of their own row."""
+
+    def __init__(self, dim: int, heads: int, *, key_bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim, bias=key_bias)
+
+    def forward(self, x: Tensor, cache: Buffer) -> tuple[Tensor, Buffer]:
+        """`x` [B, U, D] behind the cached tokens -> [B, U, D] and the longer cache."""
+        first = cache.length
+        cache = cache.append(torch.stack([self.key(x), self.value(x)], 2))
+        past = cache.values[:, : int(cache.length.max())]
+        position = first[:, None] + torch.arange(x.shape[1], device=x.device)
+        visible = torch.arange(past.shape[1], device=x.device) <= position[..., None]
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), past[:, :, 0], past[:, :, 1])
+        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
+        return self.out(y.transpose(1, 2).flatten(2)), cache
+
+
+class DecoderLayer(nn.Module):
+    """Self attention, cross attention, feed-forward; each behind its own norm and added to its input."""
+
+    def __init__(self, dim: int, heads: int, inner: int, cross: CrossAttention, *, key_bias: bool) -> None:
+        super().__init__()
+        self.self_norm, self.cross_norm, self.ff_norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.self_attention = CausalSelfAttention(dim, heads, key_bias=key_bias)
+        self.cross = cross
+        self.ff = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))
+
+    def forward(self, x: Tensor, cache: Buffer, cross: Any) -> tuple[Tensor, Tensor, Buffer, Any]:
+        """`x` [B, U, D] -> the same shape, the alignment [B, H, U, T], and the two states."""
+        y, cache = self.self_attention(self.self_norm(x), cache)
+        x = x + y
+        seen, cross = self.cross.attend(self.cross_norm(x), cross)
+        x = x + seen.context
+        return x + self.ff(self.ff_norm(x)), seen.alignment, cache, cross
+
+
+class AttentionDecoder(nn.Module):
+    """Token embeddings and learned positions through `depth` layers; the output shares the embedding's weights.
+
+    Law: reading tokens one by one equals reading them at once. Attention is a return value: `step` gives the
+    alignment of the (layer, head) pairs it is asked for.
+    """
+
+    def __init__(
+        self, vocab: int, context: int, dim: int, heads: int, depth: int, *,
+        cross: Callable[[], CrossAttention], inner: int | None = None, key_bias: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.dim, self.heads, self.context = dim, heads, context
+        self.embed = nn.Embedding(vocab, dim)
+        self.positions = nn.Parameter(torch.zeros(context, dim))
+        self.layers = nn.ModuleList(
+            DecoderLayer(dim, heads, inner or 4 * dim, cross(), key_bias=key_bias) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def start(self, memory: Memory, *, behind: DecoderState | None = None) -> DecoderState:
+        """Read the memory; no tokens yet. `behind` was read before and stands for the frames that would follow."""
+        like = memory.frames.values.new_zeros(memory.frames.mask.shape[0], 0, 2, self.dim)
+        cache = tuple(Buffer.empty(like, 64) for _ in self.layers)
+        cross = [layer.cross.read(memory) for layer in self.layers]
+        if behind is not None:
+            skip = memory.frames.mask.shape[1]
+            cross = [state.then(other, skip) for state, other in zip(cross, behind.cross, strict=True)]
+        return DecoderState(cache, tuple(cross))
+
+    def step(
+        self, tokens: Tensor, state: DecoderState, *, heads: Sequence[Head] = ()
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """Read `tokens` [B, U] -> hidden [B, U, D], the alignment of `heads` [B, N, U, T], the next state.
+
+        Raises ValueError when the row would grow beyond `context` tokens.
+        """
+        end = int(state.length.max()) + tokens.shape[1]
+        if end > self.context:
+            raise ValueError(f"{end} tokens do not fit into the decoder's context of {self.context}")
+        x = self.embed(tokens)
+        x = x + self.positions[state.length[:, None] + torch.arange(tokens.shape[1], device=x.device)]
+        cache, cross, rows = list(state.cache), list(state.cross), {}
+        for i, layer in enumerate(self.layers):
+            x, alignment, cache[i], cross[i] = layer(x, cache[i], cross[i])
+            rows |= {head: alignment[:, head[1]] for head in heads if head[0] == i}
+        frames = alignment.shape[-1]
+        picked = [rows[head] for head in heads] or [x.new_zeros(*tokens.shape, frames)][:0]
+        seen = torch.stack(picked, 1) if picked else x.new_zeros(x.shape[0], 0, tokens.shape[1], frames)
+        return self.norm(x), seen, DecoderState(tuple(cache), tuple(cross))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`hidden` [..., D] -> unnormalised scores of the next token [..., V]."""
+        return F.linear(hidden, self.embed.weight)

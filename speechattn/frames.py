@@ -1,0 +1,72 @@
+"""Batches of sequences.
+
+Legend of shapes, used everywhere: B batch, T frames, U tokens, H heads, D features, V vocabulary, N chosen heads.
+Masks are True where a frame is valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Frames", "Memory"]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A batch of sequences: `values` [B, T, ...], `mask` [B, T]; values are zero where the mask is False."""
+
+    values: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, mask: Tensor) -> Frames:
+        """Re-establish the invariant; by selection, because NaN times zero is NaN."""
+        wide = mask.reshape(*mask.shape, *(1 for _ in values.shape[2:]))
+        return cls(torch.where(wide, values, torch.zeros((), dtype=values.dtype, device=values.device)), mask)
+
+    @classmethod
+    def from_lengths(cls, values: Tensor, lengths: Tensor) -> Frames:
+        """Rows of `values` [B, T, ...] whose first `lengths` [B] frames are valid."""
+        return cls.of(values, torch.arange(values.shape[1], device=values.device) < lengths[:, None])
+
+    @property
+    def lengths(self) -> Tensor:
+        """Valid frames of each row [B]."""
+        return self.mask.sum(1)
+
+    def __getitem__(self, span: slice) -> Frames:
+        return Frames(self.values[:, span], self.mask[:, span])
+
+    def pad(self, n: int) -> Frames:
+        """`n` invalid frames more at the end."""
+        space = [0, 0] * (self.values.dim() - 2) + [0, n]
+        return Frames(F.pad(self.values, space), F.pad(self.mask, [0, n]))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the encoder has said so far.
+
+    Law: frames before `stable` are final; later ones may still be replaced. An encoder that re-reads its whole
+    input at each step (Whisper) has `stable = 0`.
+    """
+
+    frames: Frames  # [B, T, D]
+    start: Tensor  # [B] position of the first frame, counted since the stream began
+    stable: Tensor  # [B] frames of this memory that are final
+    finished: Tensor  # [B] no more input will come: nobody waits
+
+    @classmethod
+    def of(cls, frames: Frames, *, start: int = 0, stable: int = 0, finished: bool = False) -> Memory:
+        """The same position, stability and end for every row."""
+        row = frames.mask.new_ones(frames.mask.shape[0])
+        return cls(frames, start * row.long(), stable * row.long(), row & finished)
+
+    def drop(self, n: int) -> Memory:
+        """Forget the first `n` frames."""
+        stable = (self.stable - n).clamp(min=0)
+        return replace(self, frames=self.frames[n:], start=self.start + n, stable=stable)

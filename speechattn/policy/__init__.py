@@ -1,0 +1,40 @@
+"""How much of a draft is safe now: the READ/WRITE decision of simultaneous recognition and translation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from speechattn.decoder.attention import Head
+from speechattn.search import Draft
+
+__all__ = ["Policy", "Source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What has been heard: `frames` encoder frames of `frame_s` seconds each; `finished` when no more will come.
+
+    `paused`: the newest frames hold no speech, so that no word is cut off at their end.
+    """
+
+    frames: int
+    frame_s: float
+    finished: bool
+    paused: bool = False
+
+
+class Policy(Protocol):
+    """A pure function of draft, source and its own state.
+
+    Laws: at most the whole draft is committed; a finished source commits all of it; a more conservative setting
+    never commits more of the same draft. Whole words are the session's business, not the policy's.
+    """
+
+    heads: tuple[Head, ...]  # whose attention rows it wants in the draft
+
+    def initial(self) -> Any:
+        """The state at the start of a session."""
+
+    def accept(self, draft: Draft, source: Source, state: Any) -> tuple[int, Any]:
+        """Commit the first n tokens of the draft; 0 waits for more input."""

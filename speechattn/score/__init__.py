@@ -1,0 +1,3 @@
+"""Word error rate, lag and calibration."""
+
+__all__: list[str] = []

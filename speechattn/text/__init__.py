@@ -1,0 +1,3 @@
+"""Tokens, words and normalised text."""
+
+__all__: list[str] = []
