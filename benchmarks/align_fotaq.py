@@ -22,10 +22,8 @@ from speechattn.data.fotaq import Line, default_folder, prepare, read_split
 from speechattn.score.lag import lag_words
 
 # A rough phone for each letter: for the few words that the dictionary lacks, good enough to find where they end.
-LETTERS = dict(zip(
-    "abcdefghijklmnopqrstuvwxyz",
-    "AE B K D EH F G HH IH JH K L M N AA P K R S T AH V W K Y Z".split(), strict=True,
-))  # fmt: skip
+PHONES = "AE B K D EH F G HH IH JH K L M N AA P K R S T AH V W K Y Z"
+LETTERS = dict(zip("abcdefghijklmnopqrstuvwxyz", PHONES.split(), strict=True))
 SILENCE_S = 0.5  # around each clip: the aligner wants to start and end in silence, the clips are cut tight
 
 
@@ -47,7 +45,9 @@ def align(decoder: Decoder, line: Line) -> list[float] | None:
     if decoder.hyp() is None:
         return None
     rate = decoder.config["frate"]
-    found = [(s.word.split("(")[0], (s.end_frame + 1) / rate - SILENCE_S) for s in decoder.seg() if s.word[0] not in "<[+"]
+    found = [
+        (s.word.split("(")[0], (s.end_frame + 1) / rate - SILENCE_S) for s in decoder.seg() if s.word[0] not in "<[+"
+    ]
     return [min(end, line.duration_s) for _, end in found] if [word for word, _ in found] == words else None
 
 

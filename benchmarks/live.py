@@ -29,7 +29,7 @@ from speechattn.live.session import FRAME_THRESHOLD, Settings
 from speechattn.model import Model
 from speechattn.policy import Policy
 from speechattn.score.calibration import calibration, word_marks
-from speechattn.score.lag import Heard, measure_lag
+from speechattn.score.lag import measure_lag
 from speechattn.score.wer import WordErrors, bootstrap, word_errors
 
 PIECE_S = 0.1  # sound arrives in pieces of this length
@@ -137,7 +137,9 @@ def report(rows: list[dict[str, object]]) -> None:
     width = max(len(str(row["name"])) for row in rows)
     for row in rows:
         mark = {True: "ok", False: "MISSED", None: ""}[row["ok"]]  # type: ignore[index]
-        print(f"{row['name']:<{width}}  {row['value']:>9.4g} {row['unit']:<6} {row['goal'] or '':<22} {mark:<7} {row['note']}")
+        print(
+            f"{row['name']:<{width}}  {row['value']:>9.4g} {row['unit']:<6} {row['goal']:<22} {mark:<7} {row['note']}"
+        )
     print(json.dumps(rows))
 
 
@@ -148,7 +150,9 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     folder = prepare(default_folder(), ("test",))
-    by_speaker = groupby(sorted(read_split(folder, "test"), key=lambda line: line.speaker), key=lambda line: line.speaker)
+    by_speaker = groupby(
+        sorted(read_split(folder, "test"), key=lambda line: line.speaker), key=lambda line: line.speaker
+    )
     streams = [join(speaker, list(lines)) for speaker, lines in by_speaker]
     if quick:
         streams = [join(stream.name, stream.lines[:8]) for stream in streams[:1]]
@@ -170,20 +174,33 @@ def figures(streams: list[Stream], minutes: float) -> None:
     slow, fast = listen(padded, align, short), listen(model, align, short)
     rows: list[dict[str, object]] = []
 
-    def row(name: str, value: float, unit: str, note: str, goal: str = "", ok: Callable[[float], bool] | None = None) -> None:
-        rows.append({"name": name, "value": value, "unit": unit, "goal": goal, "ok": ok(value) if ok else None, "note": note})
+    def row(
+        name: str, value: float, unit: str, note: str, goal: str = "", ok: Callable[[float], bool] | None = None
+    ) -> None:
+        rows.append(
+            {"name": name, "value": value, "unit": unit, "goal": goal, "ok": ok(value) if ok else None, "note": note}
+        )
 
-    where = f"{len(streams)} streams, {sum(s.duration_s for s in streams) / 60:.1f} min, one thread, {torch.get_num_threads()} set"
+    where = f"{len(streams)} streams, {sum(s.duration_s for s in streams) / 60:.1f} min"
     row("offline_wer", 100 * clips.rate, "%", str(clips))
     for name, run in (("alignatt", live), ("local_agreement", agreement)):
         measure(row, name, run, ends, clips, where)
     row("rtf_padded_30s", slow.rtf, "", f"the same loop, each look encodes 30 s; {short[0].duration_s / 60:.1f} min")
-    row("rtf_ratio", slow.rtf / fast.rtf, "x", "padded over ours, same stream, same run", "at least 3", lambda v: v >= 3)
+    row(
+        "rtf_ratio", slow.rtf / fast.rtf, "x", "padded over ours, same stream, same run", "at least 3", lambda v: v >= 3
+    )
     note = ", ".join(f"{m:.0f} MB at {t:g} min" for m, t in zip(aged["megabytes"], aged["minutes"], strict=True))
     growth = aged["megabytes"][-1] / aged["megabytes"][0]
     row("memory_growth", growth, "x", note, "flat: at most 1.05", lambda v: v <= 1.05)
     note = ", ".join(f"{m:.0f} ms at {t:g} min" for m, t in zip(aged["step_ms"], aged["minutes"], strict=True))
-    row("step_growth", aged["step_ms"][-1] / aged["step_ms"][0], "x", f"median look: {note}", "flat: at most 1.1", lambda v: v <= 1.1)
+    row(
+        "step_growth",
+        aged["step_ms"][-1] / aged["step_ms"][0],
+        "x",
+        f"median look: {note}",
+        "flat: at most 1.1",
+        lambda v: v <= 1.1,
+    )
     report(rows)
 
 
@@ -193,7 +210,12 @@ def measure(
     """The rows of one policy; the goals are AlignAtt's."""
     goals = name == "alignatt"
     errors, per_clip = run.errors(), word_errors(*by_clip(run))
-    row(f"{name}_wer", 100 * errors.rate, "%", f"{errors}; over clips [{100 * per_clip.low:.2f}, {100 * per_clip.high:.2f}]; {where}")
+    row(
+        f"{name}_wer",
+        100 * errors.rate,
+        "%",
+        f"{errors}; over clips [{100 * per_clip.low:.2f}, {100 * per_clip.high:.2f}]; {where}",
+    )
     gap = 100 * (errors.rate - clips.rate)
     row(f"{name}_wer_gap", gap, "points", "streamed minus offline", *(("at most 2", lambda v: v <= 2) if goals else ()))
     lags = [measure_lag(events, stream.heard(ends)) for stream, events in zip(run.streams, run.events, strict=True)]
@@ -205,7 +227,13 @@ def measure(
     )
     row(f"{name}_lag_mean", float(seconds.mean()), "s", note, *(("at most 1.0", lambda v: v <= 1) if goals else ()))
     share = 100 * run.before / max(run.words(), 1)
-    row(f"{name}_before_finish", share, "%", f"{run.before} of {run.words()} words", *(("at least 95", lambda v: v >= 95) if goals else ()))
+    row(
+        f"{name}_before_finish",
+        share,
+        "%",
+        f"{run.before} of {run.words()} words",
+        *(("at least 95", lambda v: v >= 95) if goals else ()),
+    )
     rtf_note = "1 s steps, one thread; " + ("alone" if goals else "beside the soak, not comparable")
     row(f"{name}_rtf", run.rtf, "", rtf_note, *(("at most 0.25", lambda v: v <= 0.25) if goals else ()))
     if goals:

@@ -24,8 +24,12 @@ class Model(Protocol):
     frame_s: float
     max_s: float  # the longest piece of sound it can encode
     alignment_heads: tuple[Head, ...]
+    decoder_size: tuple[int, int]  # layers, heads in each
     tokenizer: Tokenizer
-    spaceless: bool  # the language is written without spaces
+
+    @property
+    def spaceless(self) -> bool:
+        """The language is written without spaces."""
 
     def encode(self, samples: Tensor, *, start: int = 0, finished: bool = False) -> Memory:
         """Mono `samples` [n] -> memory [1, T, D]."""

@@ -19,9 +19,10 @@ def filters(mels: int) -> Tensor:
     """Slaney-scaled, area-normalised triangles [201, mels], as librosa makes them."""
     from torchaudio.functional import melscale_fbanks  # slow to import
 
-    return melscale_fbanks(
+    bank: Tensor = melscale_fbanks(
         WINDOW // 2 + 1, 0.0, SAMPLE_RATE / 2, mels, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
     )
+    return bank
 
 
 def log_mel(samples: Tensor, mels: int = 80) -> Tensor:

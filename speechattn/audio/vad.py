@@ -65,7 +65,9 @@ class SileroVAD:
 
         spec = importlib.util.find_spec("silero_vad")
         if spec is None or spec.origin is None:
-            raise ModelError("the package silero-vad is not installed: pip install silero-vad, or go without (--no-vad)")
+            raise ModelError(
+                "the package silero-vad is not installed: pip install silero-vad, or go without (--no-vad)"
+            )
         self.network = SileroNetwork()
         self.network.load_state_dict(load_file(Path(spec.origin).parent / "data" / "silero_vad_16k.safetensors"))
         self.network.eval().requires_grad_(False)

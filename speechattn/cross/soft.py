@@ -44,7 +44,7 @@ class Soft(nn.Module):
         self.key = nn.Linear(dim, dim, bias=key_bias)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
     def read(self, memory: Memory) -> SoftState:
         """Keys and values of every frame of the memory [B, T, D]."""

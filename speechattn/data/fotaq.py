@@ -72,7 +72,7 @@ class Game:
         return Resampler(rate, RATE).feed(to_mono(x), last=True)
 
     def clips(self) -> Iterator[Clip]:
-        """Every line of the dialogues that was recorded, in the order of the script; a recording used twice comes once."""
+        """Every line of the dialogues that was recorded, in the order of the script, and only once."""
         seen: set[str] = set()
         for name in sorted(self.files):
             if not name.endswith(".DOG"):
@@ -80,7 +80,10 @@ class Game:
             body, character = self.read(name)[20:], re.sub(r"\d*\.DOG$", "", name)
             levels, _, key, heroes, persons = struct.unpack_from(">5h", body)
             (offset,) = struct.unpack_from(">H", body, 22)
-            for letter, speaker, at, count in (("J", "JOE", 32 + 96 * levels, heroes), ("P", character, offset, persons)):
+            for letter, speaker, at, count in (
+                ("J", "JOE", 32 + 96 * levels, heroes),
+                ("P", character, offset, persons),
+            ):
                 for line, text in strings(body, at, count):
                     for clip in self.segments(f"{key:02d}{line:04X}{letter}", name[:-4], speaker, text):
                         if clip.name not in seen:
@@ -148,7 +151,12 @@ def fetch(folder: Path) -> Path:
         work = folder / "package"
         for part in ("state/lists/partial", "cache/archives/partial", "files"):
             (work / part).mkdir(parents=True, exist_ok=True)
-        options = [f"Dir::State={work / 'state'}", f"Dir::Cache={work / 'cache'}", "APT::Sandbox::User=", "Debug::NoLocking=1"]
+        options = [
+            f"Dir::State={work / 'state'}",
+            f"Dir::Cache={work / 'cache'}",
+            "APT::Sandbox::User=",
+            "Debug::NoLocking=1",
+        ]
         apt = ["apt-get", "-qq", *(word for option in options for word in ("-o", option))]
         run([*apt, "update"], work)
         run([*apt, "download", PACKAGE], work)
@@ -168,7 +176,9 @@ def run(command: list[str], folder: Path) -> None:
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600)
     except FileNotFoundError as error:
-        raise InputError(f"{command[0]} is not installed: the recordings come as a package of Debian or Ubuntu") from error
+        raise InputError(
+            f"{command[0]} is not installed: the recordings come as a package of Debian or Ubuntu"
+        ) from error
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         raise InputError(f"the package {PACKAGE} cannot be fetched: {said[-1] if said else error}") from error

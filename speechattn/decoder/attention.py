@@ -93,7 +93,7 @@ class AttentionDecoder(nn.Module):
         self.dim, self.heads, self.context = dim, heads, context
         self.embed = nn.Embedding(vocab, dim)
         self.positions = nn.Parameter(torch.zeros(context, dim))
-        self.layers = nn.ModuleList(
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
             DecoderLayer(dim, heads, inner or 4 * dim, cross(), key_bias=key_bias) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
@@ -120,12 +120,13 @@ class AttentionDecoder(nn.Module):
             raise ValueError(f"{end} tokens do not fit into the decoder's context of {self.context}")
         x = self.embed(tokens)
         x = x + self.positions[state.length[:, None] + torch.arange(tokens.shape[1], device=x.device)]
-        cache, cross, rows = list(state.cache), list(state.cross), {}
+        cache, cross = list(state.cache), list(state.cross)
+        rows: dict[Head, Tensor] = {}
         for i, layer in enumerate(self.layers):
             x, alignment, cache[i], cross[i] = layer(x, cache[i], cross[i])
             rows |= {head: alignment[:, head[1]] for head in heads if head[0] == i}
         frames = alignment.shape[-1]
-        picked = [rows[head] for head in heads] or [x.new_zeros(*tokens.shape, frames)][:0]
+        picked = [rows[head] for head in heads]
         seen = torch.stack(picked, 1) if picked else x.new_zeros(x.shape[0], 0, tokens.shape[1], frames)
         return self.norm(x), seen, DecoderState(tuple(cache), tuple(cross))
 

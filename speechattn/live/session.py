@@ -23,6 +23,7 @@ from speechattn.policy.align_att import AlignAtt
 __all__ = ["FRAME_THRESHOLD", "Session", "Settings"]
 
 FRAME_THRESHOLD = 20  # frames of 20 ms: with looks at pauses, as accurate as the 25 of the preset and faster
+SPARE_S = 1.5  # of the longest input: silence behind the speech, and the sound since the last look
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Settings:
     """How a session listens; times in seconds.
 
     It looks at the sound every `min_chunk_s`, `pause_s` after speech stops (then the next `min_chunk_s` begins), and at
-    the end of an utterance, which is `silence_s` without speech; `threshold` is the probability at which speech begins. A window longer than `max_window_s` loses its oldest
-    words but for `history_words`; `context_tokens` of text that left the window stay as a prompt.
+    the end of an utterance, which is `silence_s` without speech; `threshold` is the probability at which speech
+    begins, and `preroll_s` of sound before it is listened to as well. A window longer than `max_window_s` loses its
+    oldest words but for `history_words`; `context_tokens` of text that left the window stay as a prompt.
     """
 
     min_chunk_s: float = 1.0
@@ -64,10 +66,12 @@ class Session:
         vad: VoiceActivity | None = None, on_event: Callable[[Event], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
-        self.model, self.policy = model, policy or AlignAtt.whisper(model.alignment_heads, FRAME_THRESHOLD)
+        self.model = model
+        self.policy: Policy = policy or AlignAtt.whisper(model.alignment_heads, FRAME_THRESHOLD)
         self.settings = settings or Settings()
-        if self.settings.max_window_s > model.max_s - self.settings.min_chunk_s - 1:
-            raise InputError(f"max_window_s is {self.settings.max_window_s}: the model encodes {model.max_s} s at most")
+        self.limit_s = model.max_s - SPARE_S
+        if self.settings.max_window_s > self.limit_s:
+            raise InputError(f"max_window_s is {self.settings.max_window_s}: at most {self.limit_s:g} s fit this model")
         self.endpointer = Endpointer(
             vad or SileroVAD(), threshold=self.settings.threshold, silence_s=self.settings.silence_s
         )
@@ -137,7 +141,8 @@ class Session:
         self.heard += len(frame)
         speaking = self.endpointer.feed(frame)
         pausing = self.endpointer.quiet == max(1, self._samples(self.settings.pause_s) // FRAME)
-        due = self.heard >= self.next_look or pausing
+        full = self.utterance is not None and self.utterance.seconds >= self.limit_s
+        due = self.heard >= self.next_look or pausing or full
         if due:
             self.next_look = self.heard + self._samples(self.settings.min_chunk_s)
         if self.utterance is None:
@@ -145,9 +150,7 @@ class Session:
             if not speaking:
                 return []
             start = self.heard - sum(map(len, self.preroll))
-            self.utterance = Utterance(
-                self.model, self.policy, start=start, first=self.tokens, context=self.context
-            )
+            self.utterance = Utterance(self.model, self.policy, start=start, first=self.tokens, context=self.context)
             for piece in self.preroll:
                 self.utterance.add(piece)
             self.preroll.clear()
@@ -167,7 +170,7 @@ class Session:
             forgotten = utterance.trim(self.settings.history_words)
             if forgotten is not None:
                 self._remember(forgotten)
-            elif utterance.seconds > self.model.max_s - self.settings.min_chunk_s - 1:
+            elif utterance.seconds >= self.limit_s:
                 last = utterance.decide(finished=True)
                 decision = Decision(decision.words + last.words, "", last.withheld)
                 finished = True
@@ -189,15 +192,16 @@ class Session:
     def _say(self, decision: Decision, began: float, *, final: bool) -> list[Event]:
         """The events of a decision; none when there is nothing to say."""
         self._spend(began)
-        times = {"audio_s": self.audio_s, "emitted_s": self.ready_s, "wall_s": self.clock() - self.began}
         words = self._apart(decision.words)
         self.fresh = self.fresh or final
         text = "".join(word.text for word in words)
         events = []
         if text or decision.unstable or final:
-            events.append(Event("text", text, decision.unstable, words, final=final, **times))
+            events.append(Event("text", text, decision.unstable, words, self.audio_s, final=final))
         if decision.withheld:
-            events.append(Event("withheld", "", "", (), withheld=decision.withheld, **times))
+            events.append(Event("withheld", "", "", (), self.audio_s, withheld=decision.withheld))
+        wall_s = self.clock() - self.began
+        events = [replace(event, emitted_s=self.ready_s, wall_s=wall_s) for event in events]
         for event in events:
             if self.on_event:
                 self.on_event(event)

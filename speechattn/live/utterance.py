@@ -23,6 +23,7 @@ __all__ = ["Decision", "Utterance"]
 
 TOKENS_PER_S, TOKENS_AT_LEAST = 8, 10  # more than anybody says: a draft that needs more is a loop
 FOCUS_SHARE = 0.25  # a token is said while its attention is above this share of its peak
+LEAST_CUT_S = 1.0  # forgetting less is not worth it
 MARGIN_S = 0.1  # sound kept before the first word that is kept
 
 
@@ -150,7 +151,7 @@ class Utterance:
         kept = self.words[-keep:]
         per_frame = round(self.model.frame_s * self.model.sample_rate)
         cut = min(word.frame for word in kept) - round(MARGIN_S / self.model.frame_s)
-        if cut <= 0:
+        if cut * self.model.frame_s < LEAST_CUT_S:
             return None
         forgotten = [token for word in self.words[:-keep] for token in word.tokens]
         self.words = [Committed(word.tokens, word.frame - cut) for word in kept]

@@ -31,7 +31,9 @@ class Policy(Protocol):
     never commits more of the same draft. Whole words are the session's business, not the policy's.
     """
 
-    heads: tuple[Head, ...]  # whose attention rows it wants in the draft
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Whose attention rows it wants in the draft."""
 
     def initial(self) -> Any:
         """The state at the start of a session."""

@@ -40,7 +40,7 @@ def median_filter(weights: Tensor, width: int) -> Tensor:
 
 
 def focus(draft: Draft, heads: tuple[Head, ...], *, drop_last: int, normalise: bool, median: int) -> Tensor:
-    """Where the decoder looked when it said each token [U, T]: mean over `heads`, without the last `drop_last` frames."""
+    """Where the decoder looked when it said each token [U, T]: mean over `heads`, less the last `drop_last` frames."""
     weights = draft.alignment(heads)
     weights = weights[..., : max(weights.shape[-1] - drop_last, 1)]
     first = weights.shape[1] - 1 - len(draft.tokens)
@@ -74,7 +74,9 @@ class AlignAtt:
     def fbk(cls, layer: int, heads: int, frame_threshold: int = 4) -> AlignAtt:
         """Mean of the heads of one layer, last frame dropped, no normalisation; frames of 40 ms in the paper."""
         every = tuple((layer, head) for head in range(heads))
-        return cls(every, frame_threshold, frame_threshold, drop_last=1, normalise=False, median=1, rewind_threshold=None)
+        return cls(
+            every, frame_threshold, frame_threshold, drop_last=1, normalise=False, median=1, rewind_threshold=None
+        )
 
     def initial(self) -> None:
         """Nothing to remember."""

@@ -64,7 +64,9 @@ def measure_lag(events: Sequence[Event], heard: Sequence[Heard], *, tolerance_s:
     Only words that were recognised correctly count: those that an alignment of both word sequences pairs, and whose
     own time is within `tolerance_s` of the true one (else the pair is a coincidence of frequent words).
     """
-    said = [(part, event.emitted_s, word.end) for event in events for word in event.words for part in lag_words(word.text)]
+    said = [
+        (part, event.emitted_s, word.end) for event in events for word in event.words for part in lag_words(word.text)
+    ]
     lags = [
         said[j][1] - heard[i].end
         for i, j in pairs_of_equal([h.word for h in heard], [word for word, _, _ in said])

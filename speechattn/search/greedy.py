@@ -45,7 +45,8 @@ class Greedy:
     @torch.inference_mode()
     def draft(
         self, memory: Memory, prompt: Sequence[int], committed: Sequence[int], *,
-        behind: DecoderState | None = None, guess: Sequence[int] = (), heads: tuple[Head, ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
+        behind: DecoderState | None = None, guess: Sequence[int] = (), heads: tuple[Head, ...] = (),
+        frames: int | None = None, max_tokens: int = 224, first: int = 0,
     ) -> Draft:  # fmt: skip
         """Continue `prompt` + `committed` (one row) over `memory`, and `behind` it what the decoder read before.
 
@@ -58,7 +59,9 @@ class Greedy:
         hidden, seen, state = self.decoder.step(torch.tensor([known], device=device), state, heads=heads)
         start = len(prompt) + len(committed)
         said, scores = self._best(hidden[0, start - 1 :], self.never_next if committed else self.never_first)
-        kept = next((i for i, (a, b) in enumerate(zip(said, known[start:], strict=False)) if a != b), len(known) - start)
+        kept = next(
+            (i for i, (a, b) in enumerate(zip(said, known[start:], strict=False)) if a != b), len(known) - start
+        )
         tokens, log_probs = said[: kept + 1], scores[: kept + 1]
         state, rows = state.truncate(start + kept), [seen[0, :, : start + kept, :frames]]
         while tokens[-1] != self.end_of_text and len(tokens) < room:
@@ -77,5 +80,3 @@ class Greedy:
             torch.tensor(tokens, dtype=torch.long), torch.tensor(log_probs), torch.cat(rows, 1).float().cpu(),
             heads, first, ended,
         )  # fmt: skip
-
-

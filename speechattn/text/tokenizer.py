@@ -93,7 +93,6 @@ class Tokenizer:
                 sizes[-1] += 1
         return sizes
 
-
     def continuing(self) -> list[int]:
         """Ids whose text, put behind a word, makes another word of it: they begin with a letter or digit."""
         return [i for i, piece in enumerate(self.pieces) if piece[:1].isalnum() or piece[:1] >= b"\x80"]

@@ -256,5 +256,3 @@ def read_json(path: Path) -> Mapping[str, Any]:
 def first_line(error: Exception) -> str:
     """The start of a message that may run over pages."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-

@@ -14,6 +14,7 @@ from speechattn.audio.mel import SAMPLE_RATE
 from speechattn.decoder.attention import Head
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
+from speechattn.pretrained.whisper.config import WhisperConfig
 from speechattn.pretrained.whisper.layouts import read_ctranslate2, read_hugging_face, read_openai
 from speechattn.pretrained.whisper.model import STRIDE, Whisper
 from speechattn.search import Draft
@@ -50,8 +51,12 @@ class WhisperModel:
         self.pad_s = PAD_S if pad_s is None else pad_s
         self.max_s = network.max_samples / SAMPLE_RATE
         self.alignment_heads = config.alignment_heads
+        self.decoder_size = config.decoder_layers, config.decoder_heads
         self.search = Greedy(
-            network.decoder, tokenizer.end_of_text, suppress=config.suppress, suppress_first=config.suppress_first,
+            network.decoder,
+            tokenizer.end_of_text,
+            suppress=config.suppress,
+            suppress_first=config.suppress_first,
             suppress_next=[] if self.spaceless else tokenizer.continuing(),
         )
 
@@ -108,7 +113,7 @@ def load(
     path = find(name)
     if path.is_file():
         config, tensors = read_openai(path)
-        tokenizer = Tokenizer(path.with_name("tokenizer.json"))
+        tokenizer = Tokenizer(tokenizer_for(path, config))
     else:
         reader = read_ctranslate2 if (path / "model.bin").is_file() else read_hugging_face
         config, tensors = reader(path)
@@ -117,9 +122,22 @@ def load(
         network = Whisper(config)
     check(path, network, tensors)
     network.load_state_dict({key: value.to(device, dtype) for key, value in tensors.items()}, assign=True)
+    network.silence()  # now, so that the first look is not slower than the others
     return WhisperModel(
         network.eval().requires_grad_(False), tokenizer, name=name, language=language, task=task, pad_s=pad_s
     )
+
+
+def tokenizer_for(path: Path, config: WhisperConfig) -> Path:
+    """OpenAI's files hold no vocabulary: it lies beside them, or comes from another copy of the same model family."""
+    beside = path.with_name("tokenizer.json")
+    if beside.is_file():
+        return beside
+    english = None if config.multilingual else in_package("tiny.en")
+    for folder in filter(None, (english, in_hub("tiny" if config.multilingual else "tiny.en", local=True))):
+        if (folder / "tokenizer.json").is_file():
+            return folder / "tokenizer.json"
+    raise ModelError(f"{path}: an OpenAI checkpoint holds no vocabulary; put the model's tokenizer.json beside it")
 
 
 def check(path: Path, network: Whisper, tensors: dict[str, Tensor]) -> None:
@@ -148,11 +166,16 @@ def find(name: str) -> Path:
         return path
     if name not in NAMES:
         raise ModelError(f"{name}: no such file or folder, and not one of {', '.join(NAMES)}")
+    return local(name) or in_hub(name, local=False) or missing(name)
+
+
+def local(name: str) -> Path | None:
+    """The checkpoint of that name on this machine."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for place in (cache / "speechattn" / "models" / name, cache / "whisper" / f"{name}.pt"):
         if place.exists():
             return place
-    return in_hub(name, local=True) or in_package(name) or in_hub(name, local=False) or missing(name)
+    return in_hub(name, local=True) or in_package(name)
 
 
 def in_package(name: str) -> Path | None:

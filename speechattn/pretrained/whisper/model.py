@@ -31,7 +31,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, T, D] -> the same shape."""
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
 
 
 class EncoderLayer(nn.Module):
@@ -46,7 +47,8 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, T, D] -> the same shape."""
         x = x + self.attention(self.norm(x))
-        return x + self.ff(self.ff_norm(x))
+        x = x + self.ff(self.ff_norm(x))
+        return x
 
 
 class Encoder(nn.Module):
@@ -73,7 +75,8 @@ class Encoder(nn.Module):
         x = x + self.positions[: x.shape[1]]
         for layer in self.layers:
             x = layer(x)
-        return self.norm(x)
+        y: Tensor = self.norm(x)
+        return y
 
 
 class Whisper(nn.Module):

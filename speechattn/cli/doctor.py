@@ -1,0 +1,81 @@
+"""`speechattn doctor`: what is here, what is not, and why."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from speechattn.errors import SpeechAttnError
+from speechattn.version import __version__
+
+__all__ = ["add_parser"]
+
+PACKAGES = ("torch", "torchaudio", "triton", "soundfile", "soxr", "silero-vad", "tokenizers", "rich", "sounddevice",
+            "lightning", "espnet")  # fmt: skip
+
+
+def add_parser(commands: Any) -> None:
+    """The command has no options."""
+    parser = commands.add_parser("doctor", help="versions, devices, models, microphone", allow_abbrev=False)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a table; nothing that is missing is an error here."""
+    import torch
+
+    print(f"speechattn   {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for name in PACKAGES:
+        try:
+            print(f"{name:<12} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name:<12} not installed")
+    print(f"{'threads':<12} {torch.get_num_threads()}")
+    for name, found in devices():
+        print(f"{name:<12} {found}")
+    from speechattn.pretrained.whisper.load import NAMES, local
+
+    for name in NAMES:
+        place = local(name)
+        if place:
+            print(f"{'model':<12} {name}: {place}")
+    for line in (attempt(microphones), "attention    reference (plain torch); no other backend in this version"):
+        print(line)
+    return 0
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    """Each kind of device, and what it is or why it cannot be used."""
+    import torch
+
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            yield f"cuda:{i}", torch.cuda.get_device_name(i)
+    else:
+        yield (
+            "cuda",
+            "no: " + ("this torch has no CUDA" if torch.version.cuda is None else "no NVIDIA GPU or driver found"),
+        )
+    yield "mps", "yes" if torch.backends.mps.is_available() else "no: not an Apple GPU"
+    yield "cpu", f"yes, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def microphones() -> str:
+    """The default microphone and how many there are."""
+    from speechattn.audio.microphone import backend
+
+    inputs = [device for device in backend().query_devices() if device["max_input_channels"] > 0]
+    if not inputs:
+        return "microphone   none found"
+    return "\n".join(f"{'microphone':<12} {device['index']}: {device['name']}" for device in inputs)
+
+
+def attempt(look: Callable[[], str]) -> str:
+    """What it found, or why it could not look."""
+    try:
+        return look()
+    except SpeechAttnError as error:
+        return f"microphone   {error}"
