@@ -40,7 +40,7 @@ def to_mono(samples: object) -> Samples:
     InputError for other shapes and types, and for NaN or infinity.
     """
     x = np.asarray(samples)
-    if x.ndim not in (1, 2):
+    if x.ndim not in (1, 2) or x.shape[1:] == (0,):
         raise InputError(f"samples of shape {x.shape}: wanted [n] or [n, channels]")
     if x.dtype == np.uint8:
         x = (x.astype(np.float32) - 128) / 128
@@ -48,7 +48,8 @@ def to_mono(samples: object) -> Samples:
         x = x.astype(np.float32) / -float(np.iinfo(x.dtype).min)
     elif not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"samples of type {x.dtype}: wanted floating point, signed integers or uint8")
-    bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))
+    finite = np.isfinite(x)
+    bad = np.flatnonzero(~(finite.all(1) if x.ndim == 2 else finite))
     if len(bad):
         raise InputError(f"sample {bad[0]} is not a finite number ({len(bad)} such samples in this piece)")
     return (x.mean(1) if x.ndim == 2 else x).astype(np.float32)

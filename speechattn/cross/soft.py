@@ -56,6 +56,6 @@ class Soft(nn.Module):
         q = self._split(self.query(query)) / sqrt(query.shape[-1] // self.heads)
         valid = state.mask[:, None, None]
         scores = (q @ state.key.transpose(-1, -2)).masked_fill(~valid, -torch.inf)
-        weights = scores.float().softmax(-1).masked_fill(~valid, 0.0).to(q.dtype)
+        weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).masked_fill(~valid, 0.0).to(q.dtype)
         context = self.out((weights @ state.value).transpose(1, 2).flatten(2))
         return Attended(context, weights, weights, weights.new_zeros(weights.shape[:3], dtype=torch.bool)), state

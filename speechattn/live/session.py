@@ -162,7 +162,7 @@ class Session:
         return []
 
     def _look(self, *, finished: bool, paused: bool = False) -> Decision:
-        """Decide, then forget what the window no longer needs; a window that cannot be cut is finished."""
+        """Decide, then forget what the window no longer needs."""
         utterance = self.utterance
         assert utterance is not None
         decision = utterance.decide(finished=finished, paused=paused)
@@ -171,9 +171,9 @@ class Session:
             if forgotten is not None:
                 self._remember(forgotten)
             elif utterance.seconds >= self.limit_s:
-                last = utterance.decide(finished=True)
-                decision = Decision(decision.words + last.words, "", last.withheld)
-                finished = True
+                self._remember(utterance.tokens)
+                more = utterance.decide(finished=False, full=True)
+                decision = Decision(decision.words + more.words, more.unstable, more.withheld)
         self.tokens = utterance.first
         if finished:
             self._remember(utterance.tokens)

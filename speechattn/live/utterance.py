@@ -24,6 +24,7 @@ __all__ = ["Decision", "Utterance"]
 TOKENS_PER_S, TOKENS_AT_LEAST = 8, 10  # more than anybody says: a draft that needs more is a loop
 FOCUS_SHARE = 0.25  # a token is said while its attention is above this share of its peak
 LEAST_CUT_S = 1.0  # forgetting less is not worth it
+FULL_SPARE_S = 2.0  # the newest sound of a full window may hold half a word
 MARGIN_S = 0.1  # sound kept before the first word that is kept
 
 
@@ -75,11 +76,14 @@ class Utterance:
         """Committed tokens that the window covers."""
         return [token for word in self.words for token in word.tokens]
 
-    def decide(self, *, finished: bool, paused: bool = False) -> Decision:
+    def decide(self, *, finished: bool, paused: bool = False, full: bool = False) -> Decision:
         """Encode the window, draft, and commit what the policy calls safe, in whole words; all when finished.
 
-        From the second round of a loop on nothing is committed: it stays out of the tail too, and at the end it is
-        given back as withheld.
+        A `full` window can take no more sound: what was said more than `FULL_SPARE_S` before its end is committed
+        whatever the policy says, and the window starts again behind it.
+
+        From the second round of a loop on nothing is committed: it stays out of the tail too, and where the window
+        ends it is given back as withheld.
         """
         self.pieces = [np.concatenate(self.pieces)]
         frames = ceil(self.seconds / self.model.frame_s)
@@ -95,23 +99,28 @@ class Utterance:
         sizes = self.model.tokenizer.words(tokens, spaceless=self.model.spaceless)
         if sizes and not (draft.ended or finished):
             sizes.pop()  # the draft was cut inside its last word
-        words = self._words(draft, tokens, sizes, min(safe, sane))
+        spans = self._spans(draft) if tokens else []
+        if full:
+            end = frames - round(FULL_SPARE_S / self.model.frame_s)
+            safe = max(safe, next((i for i, span in enumerate(spans) if span[1] > end), len(tokens)))
+        words = self._words(draft, tokens, sizes, spans, min(safe, sane))
         done = sum(len(word.tokens) for word, _ in words)
         self.tail = tokens[done:sane]
         self.words += [word for word, _ in words]
         self.first += done
+        if full:
+            self._restart(spans[done - 1][1] if done else frames - round(FULL_SPARE_S / self.model.frame_s))
         decode = self.model.tokenizer.decode
-        return Decision(
-            tuple(word for _, word in words), "" if finished else decode(self.tail),
-            decode(tokens[done:]) if finished else "",
-        )  # fmt: skip
+        unstable = "" if finished else decode(self.tail)
+        withheld = decode(tokens[done:]) if finished else decode(tokens[sane:]) if full else ""
+        return Decision(tuple(word for _, word in words), unstable, withheld)
 
-    def _words(self, draft: Draft, tokens: list[int], sizes: list[int], most: int) -> list[tuple[Committed, Word]]:
+    def _words(
+        self, draft: Draft, tokens: list[int], sizes: list[int], spans: list[tuple[int, int]], most: int
+    ) -> list[tuple[Committed, Word]]:
         """The words that end within the first `most` tokens, with times and confidence."""
         whole = [n for i, n in enumerate(sizes) if sum(sizes[: i + 1]) <= most]
-        if not whole:
-            return []
-        spans, words, at = self._spans(draft), [], 0
+        words, at = [], 0
         for n in whole:
             text = self.model.tokenizer.decode(tokens[at : at + n])
             begin, end = spans[at][0], max(end for _, end in spans[at : at + n])
@@ -149,12 +158,21 @@ class Utterance:
         if not keep:
             return None
         kept = self.words[-keep:]
-        per_frame = round(self.model.frame_s * self.model.sample_rate)
         cut = min(word.frame for word in kept) - round(MARGIN_S / self.model.frame_s)
         if cut * self.model.frame_s < LEAST_CUT_S:
             return None
         forgotten = [token for word in self.words[:-keep] for token in word.tokens]
         self.words = [Committed(word.tokens, word.frame - cut) for word in kept]
-        sound = np.concatenate(self.pieces)[cut * per_frame :].copy()
-        self.pieces, self.size, self.start = [sound], len(sound), self.start + cut * per_frame
+        self._cut(cut)
         return forgotten
+
+    def _restart(self, frame: int) -> None:
+        """Forget all words, and the sound before `frame`; the state of the policy belongs to what was forgotten."""
+        self.words, self.tail, self.state = [], [], self.policy.initial()
+        self._cut(frame)
+
+    def _cut(self, frames: int) -> None:
+        """Forget the first `frames` of the sound."""
+        samples = frames * round(self.model.frame_s * self.model.sample_rate)
+        sound = np.concatenate(self.pieces)[samples:].copy()
+        self.pieces, self.size, self.start = [sound], len(sound), self.start + samples

@@ -1,0 +1,83 @@
+"""A recogniser whose every decision is known: word i is said at a known time, and looked at there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from speechattn.frames import Frames, Memory
+from speechattn.search import Draft
+
+RATE = 16000
+FRAME = 320
+
+
+class FakeTokenizer:
+    """Token n is the text " wn"; from 1000 on it is a wrong guess at a word that is still being said."""
+
+    end_of_text = 10**6
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(f" w{t}" if t < 1000 else f" cut{t - 1000}" for t in tokens)
+
+    def words(self, tokens: Sequence[int], *, spaceless: bool = False) -> list[int]:
+        return [1] * len(tokens)
+
+
+@dataclass
+class FakeModel:
+    """Says word i (0, 1, ...) once its sound has begun, wrongly until it has ended; word i ends at `ends_s[i]`.
+
+    A token looks at the middle of its word. `loop_from` makes it repeat word 7 for ever once that time is heard.
+    """
+
+    ends_s: Sequence[float]
+    word_s: float = 0.3
+    loop_from_s: float | None = None
+    sample_rate: int = RATE
+    frame_s: float = 0.02
+    max_s: float = 30.0
+    alignment_heads: tuple[tuple[int, int], ...] = ((0, 0),)
+    decoder_size: tuple[int, int] = (1, 1)
+    spaceless: bool = False
+    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
+    encoded: list[int] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+
+    def encode(self, samples: Tensor, *, start: int = 0, finished: bool = False) -> Memory:
+        self.encoded.append(len(samples))
+        n = -(-len(samples) // FRAME)
+        values = samples.new_zeros(1, n, 1)
+        memory = Memory.of(Frames(values, torch.ones(1, n, dtype=torch.bool)), start=start, finished=finished)
+        self.end_s = (start + len(samples)) / RATE
+        return memory
+
+    def draft(
+        self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),
+        heads: tuple[tuple[int, int], ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
+    ) -> Draft:  # fmt: skip
+        start_s, end_s = int(memory.start[0]) / RATE, self.end_s
+        self.prompts.append(len(committed) + len(context))
+        inside = [
+            i for i, end in enumerate(self.ends_s) if start_s <= end - self.word_s + 0.15 and end - self.word_s < end_s
+        ]
+        said = [i if self.ends_s[i] <= end_s else 1000 + i for i in inside]
+        words = [t for t in committed if self.loop_from_s is None or t != 7]
+        new = said[len(words) :] if words == said[: len(words)] else said
+        looks = [(self.ends_s[min(t % 1000, len(self.ends_s) - 1)] - self.word_s / 2 - start_s) for t in [*committed, *new]]
+        if self.loop_from_s is not None and end_s > self.loop_from_s:
+            new += [7] * 12
+            looks += [looks[-1] if looks else 0.0] * 12
+        n = memory.frames.mask.shape[1] if frames is None else frames
+        weights = torch.full((1, len(looks) + 2, n), 1e-3)
+        for row, look in enumerate(looks):
+            distance = torch.arange(n) - min(n - 1, max(0, int(look / self.frame_s)))
+            weights[0, row + 1] += (-distance.square() / 20).exp()
+        weights[0, -1, -1] = 1.0
+        # rows: prompt, then the look that says each committed and new token, then the look behind them
+        weights = weights[:, 1:]
+        weights = torch.cat([torch.full((1, 2, n), 1e-3), weights], 1)
+        return Draft(torch.tensor(new, dtype=torch.long), torch.full((len(new),), -0.1), weights, heads, first, True)

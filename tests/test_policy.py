@@ -1,0 +1,129 @@
+"""AlignAtt and LocalAgreement against golden vectors and their laws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speechattn.policy import Source
+from speechattn.policy.align_att import AlignAtt, median_filter, standardise
+from speechattn.policy.local_agreement import LocalAgreement
+from speechattn.search import Draft
+
+ROWS = torch.tensor([
+    (0.40, 0.30, 0.10, 0.05, 0.05, 0.10), (0.05, 0.50, 0.20, 0.10, 0.05, 0.10), (0.05, 0.05, 0.50, 0.20, 0.10, 0.10),
+    (0.05, 0.05, 0.10, 0.20, 0.40, 0.20), (0.02, 0.03, 0.05, 0.10, 0.20, 0.60),
+])  # fmt: skip
+READ, END = Source(6, 0.04, finished=False), Source(6, 0.04, finished=True)
+
+
+def draft(rows: torch.Tensor, tokens: list[int] | None = None, *, first: int = 0, prompt: int = 1) -> Draft:
+    """A draft of one head whose tokens look where `rows` [U, T] say; before them `prompt - 1` rows, behind them one."""
+    tokens = list(range(len(rows))) if tokens is None else tokens
+    frames = rows.shape[1]
+    weights = torch.cat([torch.full((prompt - 1, frames), 1 / frames), rows, torch.full((1, frames), 1 / frames)])
+    return Draft(torch.tensor(tokens), torch.zeros(len(tokens)), weights[None], ((3, 0),), first, True)
+
+
+@pytest.mark.parametrize(("threshold", "passed"), [(1, 3), (2, 3), (3, 2)])
+def test_fbk_preset_on_the_golden_matrix(threshold: int, passed: int) -> None:
+    policy = AlignAtt.fbk(3, 1, threshold)
+    assert policy.accept(draft(ROWS), READ, None) == (passed, None)
+
+
+def test_presets_are_what_their_papers_say() -> None:
+    whisper, fbk = AlignAtt.whisper(((1, 2),)), AlignAtt.fbk(3, 8)
+    assert (whisper.frame_threshold, whisper.median, whisper.normalise, whisper.drop_last) == (25, 7, True, 0)
+    assert (fbk.median, fbk.normalise, fbk.drop_last, fbk.rewind_threshold) == (1, False, 1, None)
+    assert fbk.heads == tuple((3, head) for head in range(8))
+
+
+def test_a_finished_source_commits_everything() -> None:
+    assert AlignAtt.fbk(3, 1, 6).accept(draft(ROWS), END, None)[0] == 5
+    assert LocalAgreement().accept(draft(ROWS), END, ())[0] == 5
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=9, max_size=9), min_size=1, max_size=6), st.booleans())
+def test_more_caution_never_commits_more(rows: list[list[float]], whisper: bool) -> None:
+    proposal = draft(torch.tensor(rows), prompt=3)
+    make = (lambda f: AlignAtt.whisper(((3, 0),), f)) if whisper else (lambda f: AlignAtt.fbk(3, 1, f))
+    counts = [make(f).accept(proposal, READ, None)[0] for f in range(10)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 0
+    assert all(0 <= n <= len(rows) for n in counts)
+
+
+def test_pause_needs_less_distance_than_running_speech() -> None:
+    rows = torch.zeros(1, 60)
+    rows[0, 50] = 1.0
+    policy = AlignAtt.whisper(((3, 0),), 25)
+    paused = Source(60, 0.02, finished=False, paused=True)
+    smooth = torch.nn.functional.avg_pool1d(rows[None], 9, 1, 4)[0]
+    assert policy.accept(draft(smooth, prompt=3), Source(60, 0.02, finished=False), None)[0] == 0
+    assert policy.accept(draft(smooth, prompt=3), paused, None)[0] == 1
+
+
+def test_a_jump_back_stops_the_whisper_preset_only() -> None:
+    rows = torch.zeros(2, 500)
+    rows[0, 400:410] = 1.0
+    rows[1, 100:110] = 1.0
+    proposal = draft(rows, prompt=3)
+    assert AlignAtt.whisper(((3, 0),)).accept(proposal, READ, None)[0] == 1
+    assert AlignAtt.fbk(3, 1).accept(proposal, READ, None)[0] == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 10])
+def test_normalisation_keeps_the_peak_with_few_rows(rows: int) -> None:
+    """A bare z-score moves the peak of a sharp diagonal by 18 of 50 frames when there are two rows."""
+    frames = 50
+    where = torch.linspace(5, 45, rows).round() if rows > 1 else torch.tensor([30.0])
+    sharp = (-(torch.arange(frames) - where[:, None]).square() / 8).exp() + 1e-4
+    weights = (sharp / sharp.sum(1, keepdim=True))[None]
+    peak = standardise(weights)[0].argmax(-1)
+    assert torch.isfinite(standardise(weights)).all()
+    assert (peak - where).abs().max() <= 2
+    if rows == 2:
+        bare = (weights - weights.mean(1, keepdim=True)) / weights.std(1, keepdim=True, correction=0)
+        assert (bare[0].argmax(-1) - where).abs().max() > 2
+
+
+def test_normalisation_removes_a_frame_that_every_token_looks_at() -> None:
+    weights = torch.eye(6, 20)[None] * 0.3
+    weights[..., -1] = 0.7
+    assert weights[0].argmax(-1).tolist() == [19] * 6
+    assert standardise(weights)[0].argmax(-1).tolist() == list(range(6))
+
+
+def test_median_filter_against_a_loop() -> None:
+    x = torch.rand(3, 11)
+    padded = torch.cat([x[:, 1:4].flip(-1), x, x[:, -4:-1].flip(-1)], -1)
+    expected = torch.stack([padded[:, i : i + 7].median(-1).values for i in range(11)], -1)
+    assert torch.equal(median_filter(x, 7), expected)
+    assert torch.equal(median_filter(x[:, :3], 7), x[:, :3])
+
+
+def test_local_agreement_commits_the_common_prefix() -> None:
+    policy, rows = LocalAgreement(), torch.ones(4, 5)
+    n, state = policy.accept(draft(rows, [1, 2, 3, 4]), READ, policy.initial())
+    assert n == 0
+    n, state = policy.accept(draft(rows, [1, 2, 9, 9]), READ, state)
+    assert n == 2
+    # two tokens were committed: the next draft begins behind them, and the one before is counted from there
+    n, state = policy.accept(draft(rows[:3], [9, 9, 5], first=2), READ, state)
+    assert n == 2
+    n, state = policy.accept(draft(rows[:1], [7], first=4), READ, state)
+    assert n == 0
+
+
+def test_local_agreement_of_three_needs_three() -> None:
+    policy, rows = LocalAgreement(3), torch.ones(2, 5)
+    state = policy.initial()
+    counts = []
+    for _ in range(3):
+        n, state = policy.accept(draft(rows, [1, 2]), READ, state)
+        counts.append(n)
+    assert counts == [0, 0, 2]
+    with pytest.raises(ValueError, match="at least 1"):
+        LocalAgreement(0)
