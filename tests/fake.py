@@ -67,7 +67,9 @@ class FakeModel:
         said = [i if self.ends_s[i] <= end_s else 1000 + i for i in inside]
         words = [t for t in committed if self.loop_from_s is None or t != 7]
         new = said[len(words) :] if words == said[: len(words)] else said
-        looks = [(self.ends_s[min(t % 1000, len(self.ends_s) - 1)] - self.word_s / 2 - start_s) for t in [*committed, *new]]
+        looks = [
+            (self.ends_s[min(t % 1000, len(self.ends_s) - 1)] - self.word_s / 2 - start_s) for t in [*committed, *new]
+        ]
         if self.loop_from_s is not None and end_s > self.loop_from_s:
             new += [7] * 12
             looks += [looks[-1] if looks else 0.0] * 12

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,7 +77,7 @@ def test_reading_tokens_in_pieces_equals_reading_them_at_once(cuts: set[int]) ->
     whole, seen, _ = net.step(tokens, net.start(heard), heads=heads)
     state, parts, rows = net.start(heard), [], []
     edges = [0, *sorted(cuts), 12]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         y, w, state = net.step(tokens[:, a:b], state, heads=heads)
         parts.append(y)
         rows.append(w)
@@ -106,7 +108,7 @@ def test_rows_of_different_age_share_a_batch() -> None:
 
 def test_too_many_tokens_are_refused_with_the_numbers() -> None:
     net = decoder()
-    with pytest.raises(ValueError, match="41 tokens .* 40"):
+    with pytest.raises(ValueError, match=r"41 tokens .* 40"):
         net.step(torch.zeros(1, 41, dtype=torch.long), net.start(memory([3])))
 
 

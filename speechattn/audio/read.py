@@ -18,6 +18,14 @@ __all__ = ["Recording", "open_recording", "read_pcm"]
 BLOCK_S = 0.1
 
 
+class Forward(soundfile.SoundFile):  # type: ignore[misc]
+    """Never seeks: soundfile seeks after every read of a seekable file, and in an MP3 that lands somewhere else."""
+
+    def seekable(self) -> bool:
+        """No."""
+        return False
+
+
 @dataclass(frozen=True)
 class Recording:
     """Mono blocks of an audio file, its rate in Hz and its announced length in seconds."""
@@ -32,8 +40,8 @@ class Recording:
         """Blocks [n] of 0.1 s; InputError where the file ends before it said it would, after all that is there."""
         n = 0
         try:
-            with soundfile.SoundFile(self.path) as file:
-                for block in file.blocks(round(BLOCK_S * self.rate), dtype="float32", always_2d=True):
+            with Forward(self.path) as file:
+                while len(block := file.read(round(BLOCK_S * self.rate), dtype="float32", always_2d=True)):
                     n += len(block)
                     yield to_mono(block)
         except soundfile.LibsndfileError as error:
