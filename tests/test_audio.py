@@ -128,17 +128,25 @@ def test_a_pipe_that_ends_inside_a_sample_says_so() -> None:
 
 
 def test_voice_activity_is_silero_vad() -> None:
+    """Their TorchScript network and ours, with the same weights (its release and the safetensors one differ)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from silero_vad import load_silero_vad
 
         theirs = load_silero_vad()
-    mine = SileroVAD()
+    mine, weights = SileroVAD(), theirs._model.state_dict()
+    renamed = {"stft_conv.weight": weights["stft.forward_basis_buffer"]}
+    for i in range(4):
+        for kind in ("weight", "bias"):
+            renamed[f"conv{i + 1}.{kind}"] = weights[f"encoder.{i}.reparam_conv.{kind}"]
+    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        renamed[f"lstm_cell.{name}"] = weights[f"decoder.rnn.{name}"]
+    for kind in ("weight", "bias"):
+        renamed[f"final_conv.{kind}"] = weights[f"decoder.decoder.2.{kind}"]
+    mine.network.load_state_dict(renamed)
     rng = np.random.default_rng(0)
-    x = rng.standard_normal(40 * FRAME).astype(np.float32) * np.repeat(rng.uniform(0, 0.5, 40), FRAME).astype(
-        np.float32
-    )
-    for frame in x.reshape(-1, FRAME):
+    x = rng.standard_normal(40 * FRAME) * np.repeat(rng.uniform(0, 0.5, 40), FRAME)
+    for frame in x.astype(np.float32).reshape(-1, FRAME):
         assert mine(frame) == pytest.approx(float(theirs(torch.from_numpy(frame), 16000).detach()), abs=1e-4)
 
 

@@ -1,0 +1,38 @@
+# Everything runs in .venv; FILE=my.wav and ARGS=--fast are passed to the demo.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all check bench-live clean
+
+demo: .venv/demo
+	$(BIN)/speechattn demo $(FILE) $(ARGS)
+
+test: .venv/dev
+	$(BIN)/pytest
+
+test-all: .venv/dev
+	$(BIN)/pytest -m ""
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-live: .venv/demo
+	$(BIN)/python benchmarks/live.py $(ARGS)
+
+# --without-pip and pip's --python: works where Debian's python3-venv is not installed.
+.venv/bin/pip:
+	$(PYTHON) -m venv --without-pip .venv
+	$(PYTHON) -m pip --python .venv/bin/python install --quiet --disable-pip-version-check pip
+
+.venv/demo: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -e '.[tiny,live]'
+	touch $@
+
+.venv/dev: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,216 @@
+"""Commands as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechattn.cli import main
+from speechattn.data.fotaq import read_split
+from speechattn.live.events import Event
+
+
+@pytest.fixture(scope="module")
+def speech(fotaq: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two real clips with a pause, as an 11.025 kHz stereo file."""
+    clips = [line for line in read_split(fotaq, "test") if line.dialogue == "TAM1"][1:3]
+    pieces = [np.concatenate([soundfile.read(clip.path)[0], np.zeros(11200)]) for clip in clips]
+    path = tmp_path_factory.mktemp("speech") / "talk.wav"
+    x = np.concatenate(pieces)[:: 16000 // 8000]
+    soundfile.write(path, np.stack([x, x], 1), 8000)
+    return path
+
+
+def words(text: str) -> list[str]:
+    return text.lower().replace(".", "").replace(",", "").split()
+
+
+@pytest.mark.parametrize("kind", ["srt", "json"])
+def test_transcribe_writes_every_format(kind: str, speech: Path, tmp_path: Path) -> None:
+    assert main(["transcribe", str(speech), "--format", kind, "--output-dir", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / f"talk.{kind}").read_text()
+    assert "mission" in text
+    if kind == "json":
+        assert "mission" in json.loads(text)["text"]
+
+
+def test_transcribe_offline_says_the_same_words(speech: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transcribe", str(speech)]) == 0
+    live = words(capsys.readouterr().out)
+    assert main(["transcribe", str(speech), "--offline"]) == 0
+    offline = words(capsys.readouterr().out)
+    said = set("my husband and i run this mission".split())
+    assert said <= set(live)
+    assert said <= set(offline)
+
+
+def test_stream_and_score_and_log(speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stream", str(speech), "--fast", "--format", "jsonl"]) == 0
+    log = capsys.readouterr().out
+    events = [Event.from_json(line) for line in log.splitlines()]
+    assert "mission" in "".join(event.committed for event in events)
+    (tmp_path / "log.jsonl").write_text(log)
+    (tmp_path / "ref.txt").write_text("I'm Mary-Lou Cook.\nMy husband Jimmy and I run this mission.\n")
+    assert main(["score", "wer", str(tmp_path / "ref.txt"), str(tmp_path / "log.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] > 9
+    assert main(["score", "latency", str(tmp_path / "log.jsonl"), "--json"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["mean_s"] < 3
+
+
+def test_stream_reads_raw_samples_from_a_pipe(speech: Path) -> None:
+    x, rate = soundfile.read(speech, dtype="int16")
+    done = subprocess.run(
+        [sys.executable, "-m", "speechattn", "stream", "-", "--rate", str(rate), "--channels", "2"],
+        input=x.astype("<i2").tobytes(), capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"mission" in done.stdout
+
+
+BAD = [
+    (["transcribe", "nothing.wav"], "nothing.wav: No such file"),
+    (["transcribe", "empty.wav"], "the file is empty"),
+    (["transcribe", "text.wav"], "not audio that can be read"),
+    (["transcribe", "zero.wav"], "holds no samples"),
+    (["transcribe", "nan.wav"], "not a finite number"),
+    (["transcribe", "ok.wav", "ok.wav", "--output-dir", "o"], "overwrite"),
+    (["transcribe", "ok.wav", "--model", "."], "no model.bin"),
+    (["transcribe", "ok.wav", "--model", "tini"], "not one of tiny"),
+    (["transcribe", "ok.wav", "--language", "de"], "English only"),
+    (["transcribe", "ok.wav", "--task", "translate"], "English only"),
+    (["transcribe", "ok.wav", "--device", "cuda:7"], "cannot be used"),
+    (["transcribe", "ok.wav", "--device", "toaster"], "cannot be used"),
+    (["transcribe", "ok.wav", "--policy", "local-agreement", "--frame-threshold", "3"], "belongs to alignatt"),
+    (["transcribe", "ok.wav", "--attn-layer", "1"], "belongs to alignatt-fbk"),
+    (["transcribe", "ok.wav", "--policy", "alignatt-fbk", "--attn-layer", "9"], "layers 0 to 3"),
+    (["transcribe", "ok.wav", "--frame-threshold", "-1"], "0 or more"),
+    (["transcribe", "ok.wav", "--min-chunk-size", "0"], "min_chunk_s"),
+    (["transcribe", "ok.wav", "--audio-max-len", "40"], "max_window_s"),
+    (["transcribe", "ok.wav", "--offline", "--min-chunk-size", "2"], "nothing with --offline"),
+    (["transcribe", "ok.wav", "--threads", "0"], "at least 1"),
+    (["stream", "ok.wav", "--rate", "8000"], "does not go with a file"),
+    (["stream", "-", "--fast"], "does not go with -"),
+    (["score", "wer", "ok.wav", "ok.wav"], "not UTF-8"),
+    (["score", "latency", "text.wav"], "line 1: not an event"),
+    (["demo", "--clips", "0"], "at least 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=lambda value: str(value)[:60])
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.wav").touch()
+    Path("text.wav").write_text("hello\n" * 100)
+    soundfile.write("zero.wav", np.zeros(0), 16000)
+    soundfile.write("nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    soundfile.write("ok.wav", np.random.default_rng(0).standard_normal(16000) * 0.01, 16000)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("speechattn: ")
+    assert words in said[0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["transcribe", "a.wav", "--mdoel", "x"], ["strem"], ["transcribe"], ["score"], []]
+)
+def test_unknown_words_exit_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_a_broken_file_does_not_lose_the_others(
+    speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = tmp_path / "cut.flac"
+    x, rate = soundfile.read(speech)
+    soundfile.write(cut, np.concatenate([x, x]), rate)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
+    assert main(["transcribe", "no.wav", str(cut), str(speech), "-o", str(tmp_path)]) == 2
+    assert "mission" in (tmp_path / "talk.txt").read_text()
+    assert "mission" in (tmp_path / "cut.txt").read_text()
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+
+
+def test_a_full_disk_prints_the_transcript_instead(
+    speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "talk.txt").symlink_to("/dev/full")
+    assert main(["transcribe", str(speech), "-o", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "mission" in said.out
+    assert "No space left" in said.err
+
+
+def test_a_full_disk_under_a_stream(speech: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "speechattn", "stream", str(speech), "--fast", "--format", "jsonl"],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupt_keeps_what_was_committed(speech: Path, tmp_path: Path) -> None:
+    x, rate = soundfile.read(speech)
+    soundfile.write(tmp_path / "long.wav", np.tile(x, (200, 1)), rate)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "speechattn", "transcribe", str(tmp_path / "long.wav"), "-o", str(tmp_path)],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(10)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert "mission" in (tmp_path / "long.txt").read_text()
+
+
+def test_a_closed_pipe_is_no_accident(speech: Path) -> None:
+    command = f"{sys.executable} -m speechattn stream {speech} --fast --format jsonl | head -n 1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_tells_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for word in ("torch", "cuda", "model        tiny.en", "microphone", "lightning"):
+        assert word in said
+
+
+def test_demo_prints_the_numbers(fotaq: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--fast", "--clips", "6"]) == 0
+    said = capsys.readouterr().out
+    for word in ("mission", "WER", "words against the script", "mean", "p95", "real-time factor"):
+        assert word in said
+
+
+def test_live_view_shows_both_kinds_of_text(speech: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "speechattn", "stream", str(speech), "--fast", "--format", "live"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "100"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "mission" in done.stdout
+    assert "real-time factor" in done.stdout
