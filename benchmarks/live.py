@@ -120,9 +120,9 @@ def soak(streams: list[Stream], minutes: float) -> dict[str, list[float]]:
     while session.audio_s < minutes * 60:
         piece = sound[at : at + round(PIECE_S * RATE)]
         at = (at + len(piece)) % len(sound)
-        began = time.perf_counter()
+        began = time.process_time()  # of this process alone: other runs share the machine
         session.feed(piece, RATE)
-        took, minute = time.perf_counter() - began, session.audio_s / 60
+        took, minute = time.process_time() - began, session.audio_s / 60
         for mark in marks:
             if max(0, mark - 4) < minute <= max(mark, 4) and took > 0.02:  # a look, not only voice detection
                 spent[mark].append(took)
@@ -197,7 +197,7 @@ def figures(streams: list[Stream], minutes: float) -> None:
         "step_growth",
         aged["step_ms"][-1] / aged["step_ms"][0],
         "x",
-        f"median look: {note}",
+        f"processor time of the median look: {note}",
         "flat: at most 1.1",
         lambda v: v <= 1.1,
     )

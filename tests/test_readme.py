@@ -1,0 +1,54 @@
+"""What the README says works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechattn.cli.main import parser
+from speechattn.data.fotaq import read_split
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_example_runs(
+    fotaq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = next(line for line in read_split(fotaq, "test") if line.name.startswith("TAM1"))
+    x, rate = soundfile.read(clip.path)
+    soundfile.write(tmp_path / "talk.wav", np.concatenate([x, x]), rate)
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) > 3
+
+
+def test_every_command_parses() -> None:
+    commands = [
+        shlex.split(line.split("#")[0].split("|")[-1])[1:]
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if "speechattn" in line.split("#")[0] and not line.startswith("pip")
+    ]
+    assert len(commands) >= 8
+    for command in commands:
+        assert parser().parse_args(command).run
+
+
+def test_make_targets_exist_and_nothing_is_left_to_fill_in() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    assert "@" not in README
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
