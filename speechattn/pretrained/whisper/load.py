@@ -107,8 +107,8 @@ class WhisperModel:
 
 
 def load(
-    name: str, *, device: torch.device = CPU, dtype: torch.dtype = torch.float32, language: str | None = None, task: str = "transcribe",
-    pad_s: float | None = None,
+    name: str, *, device: torch.device = CPU, dtype: torch.dtype = torch.float32, language: str | None = None,
+    task: str = "transcribe", pad_s: float | None = None,
 ) -> WhisperModel:  # fmt: skip
     """Read the checkpoint in whichever layout it has; every tensor must be there, and no other."""
     path = find(name)
