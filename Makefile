@@ -27,7 +27,8 @@ bench-live: .venv/demo
 	$(PYTHON) -m pip --python .venv/bin/python install --quiet --disable-pip-version-check pip
 
 .venv/demo: pyproject.toml | .venv/bin/pip
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -e '.[tiny,live]'
+	@echo "Installing into .venv, once; torch alone is 3 GB on Linux ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -e '.[tiny,live]'
 	touch $@
 
 .venv/dev: pyproject.toml | .venv/bin/pip

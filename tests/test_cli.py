@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from speechattn.audio.read import Recording
 from speechattn.cli import main
 from speechattn.data.fotaq import read_split
 from speechattn.live.events import Event
@@ -169,20 +169,23 @@ def test_a_full_disk_under_a_stream(speech: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_interrupt_keeps_what_was_committed(speech: Path, tmp_path: Path) -> None:
-    x, rate = soundfile.read(speech)
-    soundfile.write(tmp_path / "long.wav", np.tile(x, (200, 1)), rate)
-    running = subprocess.Popen(
-        [sys.executable, "-m", "speechattn", "transcribe", str(tmp_path / "long.wav"), "-o", str(tmp_path)],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    time.sleep(10)
-    running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 2
-    assert "interrupted" in said
-    assert "Traceback" not in said
-    assert "mission" in (tmp_path / "long.txt").read_text()
+def test_interrupt_keeps_what_was_committed(
+    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Recording.blocks
+
+    def interrupted(recording: Recording) -> Iterator[np.ndarray]:
+        yield from list(whole(recording))[:-1]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recording, "blocks", interrupted)
+    assert main(["transcribe", str(speech), str(speech.with_name("other.wav")), "-o", str(tmp_path)]) == 2
+    assert "interrupted; what was committed until then is written" in capsys.readouterr().err
+    assert "mission" in (tmp_path / "talk.txt").read_text()
+    assert main(["stream", str(speech), "--fast", "--format", "text"]) == 2
+    said = capsys.readouterr()
+    assert "mission" in said.out
+    assert "interrupted after" in said.err
 
 
 def test_a_closed_pipe_is_no_accident(speech: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -104,6 +105,26 @@ def test_finishing_commits_the_last_word_and_only_once() -> None:
     assert made.finish() == []
     with pytest.raises(InputError, match="finished"):
         made.feed(sound(0.1), RATE)
+
+
+def test_the_last_samples_are_heard_though_they_fill_no_frame() -> None:
+    model, x = FakeModel([0.5, 0.9, 1.51]), sound(1.51)
+    assert text(run(session(model), x)) == whole(3)
+    assert model.end_s == len(x) / RATE
+
+
+def test_a_draft_that_was_cut_is_not_committed_to_its_last_word() -> None:
+    class Cut(FakeModel):
+        def draft(self, *arguments, **options):  # type: ignore[no-untyped-def]
+            return replace(super().draft(*arguments, **options), ended=False)
+
+    class Everything(LocalAgreement):
+        def accept(self, draft, source, state):  # type: ignore[no-untyped-def]
+            return len(draft.tokens), state
+
+    made = session(Cut([0.3, 0.6, 0.9]), Everything())
+    assert text(made.feed(sound(1.2), RATE)) == whole(2)
+    assert text(made.finish()) == " w2"
 
 
 def test_an_utterance_ends_after_silence_and_the_next_begins_in_its_own_time() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ class Greedy:
         state = self.decoder.start(memory, behind=behind)
         device = memory.frames.mask.device
         room = min(max_tokens, self.decoder.context - len(prompt) - len(committed))
-        known = [*prompt, *committed, *list(guess)[: room - 1]]
+        guess = list(takewhile(lambda token: token < self.end_of_text, guess))
+        known = [*prompt, *committed, *guess[: room - 1]]
         hidden, seen, state = self.decoder.step(torch.tensor([known], device=device), state, heads=heads)
         start = len(prompt) + len(committed)
         said, scores = self._best(hidden[0, start - 1 :], self.never_next if committed else self.never_first)
