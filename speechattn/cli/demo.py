@@ -25,7 +25,7 @@ from speechattn.score.wer import word_errors
 
 __all__ = ["add_parser"]
 
-DIALOGUE = "TAM1"
+DIALOGUE = "FAYE2"
 
 
 def add_parser(commands: Any) -> None:
