@@ -205,7 +205,7 @@ def test_doctor_tells_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
 def test_demo_prints_the_numbers(fotaq: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--fast", "--clips", "6"]) == 0
     said = capsys.readouterr().out
-    for word in ("mission", "WER", "words against the script", "mean", "p95", "real-time factor"):
+    for word in ("reason", "WER", "words against the script", "mean", "p95", "real-time factor"):
         assert word in said
 
 
