@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
-from fake import RATE, FakeModel
+from fake import RATE, FakeModel, FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -148,6 +148,24 @@ def test_a_pause_commits_before_the_utterance_ends() -> None:
     assert quick[0].committed == " w0 w1"
     assert 1.3 < quick[0].audio_s < 1.4
     assert text(quick) == whole(3)
+
+
+def test_a_pause_begins_the_next_interval() -> None:
+    model = FakeModel([0.6, 1.0, 3.2])
+    run(session(model, min_chunk_s=1.0), sound(3.4, [(1.1, 1.5)]))
+    looks = [n / RATE for n in model.encoded]
+    assert looks[:3] == pytest.approx([1.0, 1.36, 2.36], abs=0.05)
+
+
+def test_utterances_that_bring_no_space_still_stand_apart() -> None:
+    class Tight(FakeTokenizer):
+        def decode(self, tokens: Sequence[int]) -> str:
+            return super().decode(tokens).replace(" ", "")
+
+    x = sound(4.3, [(0.0, 0.25), (1.1, 3.2)])
+    ends = [0.6, 1.0, 3.6, 4.0]
+    assert text(run(session(FakeModel(ends, tokenizer=Tight())), x)) == " w0w1 w2w3"
+    assert text(run(session(FakeModel(ends, tokenizer=Tight(), spaceless=True)), x)) == "w0w1w2w3"
 
 
 def test_silence_is_not_even_listened_to() -> None:
