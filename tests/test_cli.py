@@ -98,6 +98,8 @@ BAD = [
     (["transcribe", "ok.wav", "--offline", "--min-chunk-size", "2"], "nothing with --offline"),
     (["transcribe", "ok.wav", "--threads", "0"], "at least 1"),
     (["stream", "ok.wav", "--rate", "8000"], "does not go with a file"),
+    (["stream", "-", "--rate", "0"], "--rate 0"),
+    (["stream", "-", "--channels", "0"], "--channels 0"),
     (["stream", "-", "--fast"], "does not go with -"),
     (["score", "wer", "ok.wav", "ok.wav"], "not UTF-8"),
     (["score", "latency", "text.wav"], "line 1: not an event"),
@@ -152,10 +154,13 @@ def test_a_full_disk_prints_the_transcript_instead(
     speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "talk.txt").symlink_to("/dev/full")
-    assert main(["transcribe", str(speech), "-o", str(tmp_path)]) == 2
+    other = tmp_path / "other.wav"
+    other.write_bytes(speech.read_bytes())
+    assert main(["transcribe", str(speech), str(other), "-o", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert "mission" in said.out
     assert "No space left" in said.err
+    assert "mission" in (tmp_path / "other.txt").read_text()
 
 
 def test_a_full_disk_under_a_stream(speech: Path) -> None:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from speechattn.errors import InputError
 
-__all__ = ["Resampler", "Samples", "to_mono"]
+__all__ = ["HIGHEST_RATE", "LOWEST_RATE", "Resampler", "Samples", "to_mono"]
 
 Samples = NDArray[np.float32]
 

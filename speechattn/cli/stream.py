@@ -11,7 +11,7 @@ from typing import Any
 
 from speechattn.audio.microphone import listen
 from speechattn.audio.read import open_recording, read_pcm
-from speechattn.audio.resample import Samples
+from speechattn.audio.resample import HIGHEST_RATE, LOWEST_RATE, Samples
 from speechattn.cli.display import Display, JsonLines, Plain, Terminal
 from speechattn.cli.options import add_model_options, add_session_options, build_model, build_session, resolved
 from speechattn.errors import InputError
@@ -65,7 +65,10 @@ def source(options: argparse.Namespace) -> tuple[int, Iterator[Samples]]:
             raise InputError(f"--{name.replace('_', '-')} does not go with {kind}: it belongs to {' and '.join(kinds)}")
     if options.fast and kind != "a file":
         raise InputError(f"--fast does not go with {kind}: it belongs to files")
-    rate, channels = options.rate or 16000, options.channels or 1
+    rate = 16000 if options.rate is None else options.rate
+    channels = 1 if options.channels is None else options.channels
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise InputError(f"--rate {rate}: speech needs {LOWEST_RATE} to {HIGHEST_RATE} Hz")
     if not 1 <= channels <= 32:
         raise InputError(f"--channels {channels}: 1 to 32")
     if kind == "mic":

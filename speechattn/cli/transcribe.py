@@ -53,7 +53,10 @@ def run(options: argparse.Namespace) -> int:
             interrupted = True
             failed.append(f"{name}: interrupted; what was committed until then is written")
         if events:
-            write(options.format, events, place / f"{Path(name).stem}.{options.format}" if place else None)
+            try:
+                write(options.format, events, place / f"{Path(name).stem}.{options.format}" if place else None)
+            except InputError as error:  # the other files may still be written
+                failed.append(str(error))
         for event in events:
             if event.kind == "withheld":
                 print(
