@@ -12,7 +12,8 @@ __all__ = ["HIGHEST_RATE", "LOWEST_RATE", "Resampler", "Samples", "to_mono"]
 
 Samples = NDArray[np.float32]
 
-LOWEST_RATE, HIGHEST_RATE = 4000, 768000
+LOWEST_RATE = 4000
+HIGHEST_RATE = 768000
 
 
 class Resampler:
