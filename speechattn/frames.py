@@ -1,21 +1,25 @@
 """Batches of sequences.
 
-Legend of shapes, used everywhere: B batch, T frames, U tokens, H heads, D features, V vocabulary, N chosen heads.
+Legend of shapes, used everywhere: B batch, T frames, U tokens, H heads, D features, V vocabulary, W window of keys,
+C chunk, N keys or chosen heads.
 Masks are True where a frame is valid.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from speechattn.tree import node
+
 __all__ = ["Frames", "Memory"]
 
 
-@dataclass(frozen=True)
+@node
 class Frames:
     """A batch of sequences: `values` [B, T, ...], `mask` [B, T]; values are zero where the mask is False."""
 
@@ -38,6 +42,11 @@ class Frames:
         """Valid frames of each row [B]."""
         return self.mask.sum(1)
 
+    @classmethod
+    def cat(cls, parts: Sequence[Frames]) -> Frames:
+        """One behind the other in time."""
+        return cls(torch.cat([x.values for x in parts], 1), torch.cat([x.mask for x in parts], 1))
+
     def __getitem__(self, span: slice) -> Frames:
         return Frames(self.values[:, span], self.mask[:, span])
 
@@ -47,7 +56,7 @@ class Frames:
         return Frames(F.pad(self.values, space), F.pad(self.mask, [0, n]))
 
 
-@dataclass(frozen=True)
+@node
 class Memory:
     """What the encoder has said so far.
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from speechattn import tree
 from speechattn.cross.soft import Soft
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.frames import Frames, Memory
@@ -97,12 +98,11 @@ def test_a_row_does_not_know_its_batch() -> None:
 def test_rows_of_different_age_share_a_batch() -> None:
     net, heard = decoder(), memory([6, 6])
     tokens = torch.randint(20, (2, 6))
-    _, _, state = net.step(tokens[:, :4], net.start(heard))
-    younger = type(state)(tuple(type(c)(c.values, torch.tensor([4, 2])) for c in state.cache), state.cross)
-    y, _, _ = net.step(tokens[:, 4:], younger)
-    alone = Memory.of(Frames(heard.frames.values[1:], heard.frames.mask[1:]))
-    _, _, short = net.step(tokens[1:, :2], net.start(alone))
+    rows = [Memory.of(Frames(heard.frames.values[i : i + 1], heard.frames.mask[i : i + 1])) for i in (0, 1)]
+    _, _, long = net.step(tokens[:1, :4], net.start(rows[0]))
+    _, _, short = net.step(tokens[1:, :2], net.start(rows[1]))
     expected, _, _ = net.step(tokens[1:, 4:], short)
+    y, _, _ = net.step(tokens[:, 4:], tree.concat([long, short]))
     torch.testing.assert_close(y[1:], expected, rtol=0, atol=1e-12)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor, nn
 
 from speechattn.cross import Attended
 from speechattn.frames import Memory
+from speechattn.tree import node
 
 __all__ = ["Soft", "SoftState"]
 
 
-@dataclass(frozen=True)
+@node
 class SoftState:
     """Projected memory: `key`, `value` [B, H, T, D/H], `mask` [B, T]."""
 

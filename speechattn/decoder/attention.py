@@ -3,60 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from speechattn.attention.pattern import Span
+from speechattn.attention.self_attention import AttentionState, SelfAttention
 from speechattn.cross import CrossAttention
-from speechattn.frames import Memory
-from speechattn.stream import Buffer
+from speechattn.frames import Frames, Memory
+from speechattn.tree import node
 
 __all__ = ["AttentionDecoder", "DecoderState", "Head"]
 
 Head = tuple[int, int]  # (decoder layer, head in that layer), both from 0
 
 
-@dataclass(frozen=True)
+@node
 class DecoderState:
-    """One hypothesis per row: `cache` holds each layer's keys and values [B, U, 2, D], `cross` what each layer read."""
+    """One hypothesis per row: `cache` holds each layer's keys and values, `cross` what each layer read."""
 
-    cache: tuple[Buffer, ...]
+    cache: tuple[AttentionState, ...]
     cross: tuple[Any, ...]
 
     @property
     def length(self) -> Tensor:
         """Tokens read so far [B]."""
-        return self.cache[0].length
+        return self.cache[0].past.length
 
     def truncate(self, length: int) -> DecoderState:
         """Forget the tokens behind the first `length`."""
-        return DecoderState(tuple(c.truncate(length) for c in self.cache), self.cross)
-
-
-class CausalSelfAttention(nn.Module):
-    """Tokens look at themselves and at earlier tokens of their own row."""
-
-    def __init__(self, dim: int, heads: int, *, key_bias: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim, bias=key_bias)
-
-    def forward(self, x: Tensor, cache: Buffer) -> tuple[Tensor, Buffer]:
-        """`x` [B, U, D] behind the cached tokens -> [B, U, D] and the longer cache."""
-        first = cache.length
-        cache = cache.append(torch.stack([self.key(x), self.value(x)], 2))
-        past = cache.values[:, : int(cache.length.max())]
-        position = first[:, None] + torch.arange(x.shape[1], device=x.device)
-        visible = torch.arange(past.shape[1], device=x.device) <= position[..., None]
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), past[:, :, 0], past[:, :, 1])
-        )
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
-        return self.out(y.transpose(1, 2).flatten(2)), cache
+        return replace(self, cache=tuple(replace(c, past=c.past.truncate(length)) for c in self.cache))
 
 
 class DecoderLayer(nn.Module):
@@ -65,14 +44,14 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, inner: int, cross: CrossAttention, *, key_bias: bool) -> None:
         super().__init__()
         self.self_norm, self.cross_norm, self.ff_norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attention = CausalSelfAttention(dim, heads, key_bias=key_bias)
+        self.self_attention = SelfAttention(dim, heads, Span.causal(), key_bias=key_bias)
         self.cross = cross
         self.ff = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))
 
-    def forward(self, x: Tensor, cache: Buffer, cross: Any) -> tuple[Tensor, Tensor, Buffer, Any]:
+    def forward(self, x: Tensor, cache: AttentionState, cross: Any) -> tuple[Tensor, Tensor, AttentionState, Any]:
         """`x` [B, U, D] -> the same shape, the alignment [B, H, U, T], and the two states."""
-        y, cache = self.self_attention(self.self_norm(x), cache)
-        x = x + y
+        y, cache = self.self_attention.step(Frames(self.self_norm(x), x.new_ones(x.shape[:2], dtype=torch.bool)), cache)
+        x = x + y.values
         seen, cross = self.cross.attend(self.cross_norm(x), cross)
         x = x + seen.context
         return x + self.ff(self.ff_norm(x)), seen.alignment, cache, cross
@@ -100,8 +79,7 @@ class AttentionDecoder(nn.Module):
 
     def start(self, memory: Memory, *, behind: DecoderState | None = None) -> DecoderState:
         """Read the memory; no tokens yet. `behind` was read before and stands for the frames that would follow."""
-        like = memory.frames.values.new_zeros(memory.frames.mask.shape[0], 0, 2, self.dim)
-        cache = tuple(Buffer.empty(like, 64) for _ in self.layers)
+        cache = tuple(layer.self_attention.init_state(memory.frames[:0]) for layer in self.layers)
         cross = [layer.cross.read(memory) for layer in self.layers]
         if behind is not None:
             skip = memory.frames.mask.shape[1]

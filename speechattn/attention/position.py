@@ -1,0 +1,187 @@
+"""Relative positions. In a window of keys the distances are the same for every chunk, so all tables are constant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from math import log, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Alibi", "Bucketed", "Position", "Relative", "Rotary"]
+
+
+class Position(nn.Module):
+    """How distance enters attention: by turning queries and keys, by a term added to the scores, or both.
+
+    `queries` and `keys` are the indices of q [B, H, N, C, D] and k [B, H, N, W, D] in their window (N windows of C
+    queries and W keys each); only differences of indices matter. Every kind is made from (dim, heads).
+    """
+
+    def turn(self, q: Tensor, k: Tensor, queries: range, keys: range) -> tuple[Tensor, Tensor]:
+        """Queries and keys as the scores should see them, before scaling by 1 / sqrt(D)."""
+        return q, k
+
+    def bias(self, q: Tensor, queries: range, keys: range) -> Tensor | None:
+        """What is added to the scaled scores: broadcasts to [B, H, N, C, W]; None for nothing."""
+        return None
+
+    def scalars(self, distances: range, device: torch.device) -> Tensor | None:
+        """The bias as a table [H, len(distances)] of query minus key index, where it does not depend on q."""
+        return None
+
+
+def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make each table once. Not while tracing, whose tensors stand for others, and never as an inference tensor."""
+    remembered = lru_cache(maxsize=256)(make)
+
+    @wraps(make)
+    def table(*args: Any) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args) if torch.compiler.is_compiling() else remembered(*args)
+
+    return table
+
+
+def skewed(rows: Tensor, queries: int, keys: int) -> Tensor:
+    """Scores by distance [..., C, C + W - 1], the greatest first -> by key [..., C, W]; a view, nothing is gathered.
+
+    Query i finds its first key at distance index C - 1 - i: in memory that is one entry less for each row.
+    """
+    if queries == 1:
+        return rows
+    step = queries + keys - 2
+    flat = rows.flatten(-2)[..., queries - 1 : queries - 1 + queries * step]
+    return flat.view(*flat.shape[:-1], queries, step)[..., :keys]
+
+
+def distances(queries: range, keys: range) -> range:
+    """Query minus key index, the greatest first: as many as `skewed` wants."""
+    return range(queries.stop - 1 - keys.start, queries.start - keys.stop, -1)
+
+
+@constant
+def sinusoids(distances: range, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sines at even and cosines at odd places [len(distances), dim] (arXiv 1901.02860)."""
+    at = torch.tensor(list(distances), dtype=torch.float64)
+    rate = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64) * (-log(10000.0) / dim))
+    angle = at[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim].to(device, dtype)
+
+
+class Relative(Position):
+    """Transformer-XL: score = (q + u) . k + (q + v) . W r(distance)  (arXiv 1901.02860, section 3.3)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.dim, self.heads = dim, heads
+        self.linear = nn.Linear(dim, dim, bias=False)
+        self.u, self.v = nn.Parameter(torch.zeros(heads, dim // heads)), nn.Parameter(torch.zeros(heads, dim // heads))
+        self._rows: tuple[Any, Tensor] | None = None
+
+    def turn(self, q: Tensor, k: Tensor, queries: range, keys: range) -> tuple[Tensor, Tensor]:
+        return q + self.u[:, None, None], k
+
+    def bias(self, q: Tensor, queries: range, keys: range) -> Tensor | None:
+        rows = self.rows(distances(queries, keys), q)
+        b, h, n, c, d = q.shape
+        by_head = (q + self.v[:, None, None]).transpose(0, 1).reshape(h, b * n * c, d)
+        scores = torch.matmul(by_head * (1 / sqrt(d)), rows).view(h, b, n, c, -1)
+        return skewed(scores, len(queries), len(keys)).transpose(0, 1)
+
+    def rows(self, distances: range, like: Tensor) -> Tensor:
+        """The projected table [H, D, len(distances)]; kept while the weights stay and no gradient is asked."""
+        weight = self.linear.weight
+        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference())
+        key = (distances, weight.data_ptr(), weight._version, like.dtype, like.device) if keep else None
+        if key is not None and self._rows is not None and self._rows[0] == key:
+            return self._rows[1]
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not keep):
+            table = self.linear(sinusoids(distances, self.dim, like.dtype, like.device))
+            rows: Tensor = table.view(len(distances), self.heads, -1).permute(1, 2, 0).contiguous()
+        self._rows = (key, rows) if key is not None else None
+        return rows
+
+
+@constant
+def turns(indices: range, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Cosine and sine of each index and pair of features [2, len(indices), dim / 2]."""
+    rate = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.tensor(list(indices), dtype=torch.float64)[:, None] * rate
+    return torch.stack([angle.cos(), angle.sin()]).to(device, dtype)
+
+
+class Rotary(Position):
+    """Rotary positions (arXiv 2104.09864, eq. 34): halves of the features turn against each other.
+
+    The cache holds keys that are not turned; both sides turn by their place in the window, so no clock runs.
+    """
+
+    def __init__(self, dim: int, heads: int, *, base: float = 10000.0) -> None:
+        super().__init__()
+        if dim // heads % 2:
+            raise ValueError(f"{dim // heads} features a head: an even number is needed to turn pairs")
+        self.base = base
+
+    def turn(self, q: Tensor, k: Tensor, queries: range, keys: range) -> tuple[Tensor, Tensor]:
+        return self._turned(q, queries), self._turned(k, keys)
+
+    def _turned(self, x: Tensor, indices: range) -> Tensor:
+        cos, sin = turns(indices, x.shape[-1], self.base, x.dtype, x.device)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Scalar(Position):
+    """A bias that depends on head and distance alone."""
+
+    def bias(self, q: Tensor, queries: range, keys: range) -> Tensor | None:
+        table = self.scalars(distances(queries, keys), q.device)
+        assert table is not None
+        rows = table.to(q.dtype)[:, None].expand(-1, len(queries), -1)
+        return skewed(rows, len(queries), len(keys))[:, None]
+
+
+@constant
+def slopes(heads: int, device: torch.device) -> Tensor:
+    """One a head, a geometric series that ends in 2 ** -8."""
+    return (2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)).to(device)
+
+
+class Alibi(Scalar):
+    """A penalty that grows with distance, to both sides; nothing to learn (arXiv 2108.12409)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def scalars(self, distances: range, device: torch.device) -> Tensor:
+        at = torch.arange(distances.start, distances.stop, distances.step, device=device)
+        return -slopes(self.heads, device)[:, None] * at.abs()
+
+
+@constant
+def buckets(distances: range, count: int, farthest: int, device: torch.device) -> Tensor:
+    """Bucket of each distance: near ones have their own, far ones share, keys ahead use the upper half."""
+    at = torch.tensor(list(distances))
+    half, size = (at < 0).long() * (count // 2), at.abs()
+    near = count // 4
+    far = near + (size.clamp(min=1).double() / near).log() / log(farthest / near) * (count // 2 - near)
+    return (half + torch.where(size < near, size, far.long().clamp(max=count // 2 - 1))).to(device)
+
+
+class Bucketed(Scalar):
+    """A learned value for each head and bucket of distances (T5, arXiv 1910.10683)."""
+
+    def __init__(self, dim: int, heads: int, *, buckets: int = 32, farthest: int = 128) -> None:
+        super().__init__()
+        if buckets % 4 or farthest <= buckets // 4:
+            raise ValueError(f"{buckets} buckets up to {farthest}: wanted a multiple of 4, and farther than a quarter")
+        self.buckets, self.farthest = buckets, farthest
+        self.table = nn.Embedding(buckets, heads)
+
+    def scalars(self, distances: range, device: torch.device) -> Tensor:
+        found: Tensor = self.table(buckets(distances, self.buckets, self.farthest, device))
+        return found.T

@@ -1,0 +1,166 @@
+"""Self-attention as a stream."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speechattn.attention.attend import attend
+from speechattn.attention.pattern import Pattern, Span
+from speechattn.attention.position import Position
+from speechattn.attention.softmax import first_valid
+from speechattn.frames import Frames
+from speechattn.stream import Buffer, Plan, Planned
+from speechattn.tree import node
+
+__all__ = ["AttentionState", "SelfAttention", "Spanned", "set_span"]
+
+
+@node
+class AttentionState:
+    """What self-attention keeps: queries that wait for their look-ahead, keys and values [B, N, 2, G, D], sinks."""
+
+    waiting: Tensor
+    past: Buffer
+    sinks: Buffer
+
+
+class Spanned(Planned):
+    """A stream that a `Span` governs; its frames are `rate` times as short as those that the span counts."""
+
+    span: Pattern
+    rate: int = 1
+
+    def scaled(self, span: Pattern) -> Pattern:
+        """The same stretch of time in frames of this stream; ValueError when that is not a whole number."""
+        if self.rate == 1:
+            return span
+        if not isinstance(span, Span):
+            raise ValueError(f"{type(span).__name__} counts blocks; it cannot be set at {self.rate} times the rate")
+        return span.scaled(self.rate)
+
+
+def set_span(stream: nn.Module, span: Pattern) -> None:
+    """Give all attention (and chunked convolution) inside `stream` another span, counted in its output frames.
+
+    Draw it before each batch for dynamic chunk training (arXiv 2012.05481). ValueError when nothing in the stream
+    has a span, or when it cannot be expressed at the rate of an inner layer. A running state does not survive it.
+    """
+    inner = [module for module in stream.modules() if isinstance(module, Spanned)]
+    if not inner:
+        raise ValueError(f"{type(stream).__name__} has nothing that a span governs")
+    for module, scaled in [(module, module.scaled(span)) for module in inner]:
+        module.span = scaled
+
+
+class SelfAttention(Spanned):
+    """Frames look at frames of their own row, as `span` allows.
+
+    `key_heads` fewer than `heads` are shared by groups of query heads (arXiv 2305.13245). `group` > 1 puts so many
+    neighbours into one wider frame (Efficient Conformer, arXiv 2109.01163, section 3.2); the span counts those.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, span: Pattern, *, position: Position | None = None, key_heads: int | None = None,
+        group: int = 1, key_bias: bool = True, backend: str = "auto",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        key_heads = key_heads or heads
+        if dim * group % heads or dim % heads or heads % key_heads:
+            raise ValueError(f"{dim} features, {heads} heads, {key_heads} key heads: they do not divide")
+        self.dim, self.heads, self.key_heads, self.group, self.backend = dim, heads, key_heads, group, backend
+        self.span: Pattern = span
+        self.position = position
+        shared = dim * key_heads // heads
+        self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, shared, bias=key_bias)
+        self.value, self.out = nn.Linear(dim, shared), nn.Linear(dim, dim)
+
+    def scaled(self, span: Pattern) -> Pattern:
+        span = super().scaled(span)
+        if self.group == 1:
+            return span
+        numbers = [getattr(span, name, None) for name in ("left", "chunk", "right")]
+        if not isinstance(span, Span) or any(number and number % self.group for number in numbers):
+            raise ValueError(f"{span} at this layer's rate: its frames must divide by the group of {self.group}")
+        left, chunk, right = (number // self.group if number else number for number in numbers)
+        return Span(left, chunk, right or 0, span.dilation, span.sinks)
+
+    def plan(self) -> Plan:
+        span = self.span
+        if self.group > 1 and span.right:
+            raise ValueError("grouped frames cannot look ahead: use a larger chunk")
+        if not isinstance(span, Span) or span.chunk is None:
+            return Plan(None, Fraction(1), 0, None, 0)
+        latency = -(-span.right // span.chunk) * span.chunk * self.group
+        left = None if span.left is None or span.sinks else span.left * self.group
+        return Plan(span.chunk * self.group, Fraction(1), latency, left, latency)
+
+    def init_state(self, x: Frames) -> Any:
+        plan = self.plan()
+        if plan.block is None:
+            return ()
+        late = plan.latency // self.group
+        return self._state(x, late, late + (getattr(self.span, "left", None) or 0))
+
+    def _state(self, x: Frames, late: int, history: int) -> AttentionState:
+        """Room for so many waiting queries and so much history, and nothing in it."""
+        rows, width = x.values.shape[0], self.dim * self.group
+        like = x.values.new_zeros(rows, 0, 2, self.key_heads, width // self.heads)
+        waiting = x.values.new_zeros(rows, late, width)
+        return AttentionState(waiting, Buffer.empty(like, history), Buffer.empty(like, self.span.sinks))
+
+    def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
+        whole = self.block is None
+        spent = self._spend(state) if whole else None
+        length = x.mask.shape[1]
+        if not length:
+            return x, spent if whole else state
+        if whole:
+            x = x.pad(-length % self.group)
+            state = self._state(x, 0, 0)
+        q, kv, mask = self._project(x)
+        frames, late = mask.shape[1], state.waiting.shape[1]
+        queries = torch.cat([state.waiting.to(q.dtype), q], 1) if late else q
+        past = state.past.append(kv, mask)
+        seen = self._attend(queries[:, :frames], past, past.mask.shape[1] - late + self.span.right, state.sinks)
+        begin = past.mask.shape[1] - late - frames
+        y = Frames.of(seen, past.mask[:, begin : begin + frames] if late else x.mask)
+        if whole:
+            return y[:length], spent
+        left = getattr(self.span, "left", None)
+        kept = past if left is None else past.last(left + late)
+        return y, AttentionState(queries[:, frames:], kept, self._sunk(past, kept, state.sinks))
+
+    def _project(self, x: Frames) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] -> queries [B, T, D], keys and values [B, T, 2, G, D / H], mask; all by group."""
+        b, frames = x.mask.shape
+        kv = torch.stack([self.key(x.values), self.value(x.values)], 2)
+        if self.group > 1:
+            kv = kv.view(b, frames // self.group, self.group, 2, -1).transpose(2, 3).flatten(3)
+        q = self.query(x.values).reshape(b, frames // self.group, -1)
+        return q, kv.reshape(*kv.shape[:3], self.key_heads, -1), x.mask[:, :: self.group]
+
+    def _attend(self, queries: Tensor, past: Buffer, end: int, sinks: Buffer) -> Tensor:
+        """Queries [B, T, D] over the keys before `end` -> [B, T, D], ungrouped and projected."""
+        keys, valid = past.values[:, :end], past.mask[:, :end]
+        if sinks.mask.shape[1]:
+            keys, valid = torch.cat([sinks.values, keys], 1), torch.cat([sinks.mask, valid], 1)
+        q = queries.reshape(*queries.shape[:2], self.heads, -1).transpose(1, 2)
+        k, v = (keys[:, :, i].transpose(1, 2) for i in (0, 1))
+        y = attend(q, k, v, pattern=self.span, valid=valid, position=self.position, backend=self.backend)
+        out: Tensor = self.out(y.transpose(1, 2).reshape(y.shape[0], -1, self.dim))
+        return out
+
+    def _sunk(self, past: Buffer, kept: Buffer, sinks: Buffer) -> Buffer:
+        """The first valid frames of the row, as far as they left the history that is kept."""
+        n = sinks.mask.shape[1]
+        if not n:
+            return sinks
+        gone = past.mask.shape[1] - kept.mask.shape[1]
+        values = torch.cat([sinks.values, past.values[:, :gone]], 1)
+        mask = torch.cat([sinks.mask, past.mask[:, :gone]], 1)
+        which = first_valid(mask, n)
+        return Buffer(torch.einsum("bsn,bn...->bs...", which.to(values.dtype), values), which.any(-1))

@@ -1,0 +1,50 @@
+"""What the backends in plain torch share: scores, and the softmax that leaves nobody with NaN."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from speechattn.attention.position import Position
+
+__all__ = ["first_valid", "gathered", "mixed", "places", "scores", "shared"]
+
+
+def shared(k: Tensor, heads: int) -> Tensor:
+    """Key heads [B, G, ...], each repeated for the query heads that share it [B, H, ...] (arXiv 2305.13245)."""
+    return k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], 1)
+
+
+def scores(q: Tensor, k: Tensor, position: Position | None, queries: range, keys: range) -> Tensor:
+    """q [B, H, N, C, D], k [B, G, N, W, D] -> scaled scores with their bias [B, H, N, C, W]."""
+    k, scale = shared(k, q.shape[1]), 1 / sqrt(q.shape[-1])
+    if position is None:
+        return (q * scale) @ k.transpose(-1, -2)
+    turned, k = position.turn(q, k, queries, keys)
+    logits = (turned * scale) @ k.transpose(-1, -2)
+    bias = position.bias(q, queries, keys)
+    return logits if bias is None else logits + bias
+
+
+def mixed(logits: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Softmax of [B, H, ..., C, W] over what is `seen` (broadcast), times v [B, G, ..., W, D]; zero if none is."""
+    weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
+    return (weights @ shared(v, logits.shape[1])).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+
+
+def first_valid(valid: Tensor, n: int) -> Tensor:
+    """One-hot rows [B, n, N] that point at the first n valid entries of `valid` [B, N], as far as there are so many."""
+    rank = valid.cumsum(1) - 1
+    return (rank[:, None] == torch.arange(n, device=valid.device)[:, None]) & valid[:, None]
+
+
+def gathered(x: Tensor, which: Tensor) -> Tensor:
+    """The entries of x [B, G, N, D] that `which` [B, S, N] points at, or zeros."""
+    return which.to(x.dtype)[:, None] @ x
+
+
+def places(which: Tensor) -> Tensor:
+    """Where `which` [B, S, N] points [B, S]; N for nowhere."""
+    return torch.where(which.any(-1), which.to(torch.int8).argmax(-1), which.shape[-1])

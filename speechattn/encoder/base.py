@@ -1,0 +1,50 @@
+"""What all encoders share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from math import ceil
+
+from speechattn.attention.position import Position
+from speechattn.frames import Frames
+from speechattn.stream import Serial, Stream, flush
+
+__all__ = ["Encoder", "PositionMaker"]
+
+PositionMaker = Callable[[int, int], Position]  # from width and heads
+
+
+class Encoder(Serial):
+    """Features [B, T, mels] -> frames [B, T / factor, dim]: `subsample`, then `layers`, then `norm`."""
+
+    subsample: Stream
+    layers: Serial
+    norm: Stream
+
+    def __init__(self, subsample: Stream, layers: Sequence[Stream], norm: Stream, *, dim: int) -> None:
+        super().__init__(subsample=subsample, layers=Serial(*layers), norm=norm)
+        self.dim = dim
+
+    def intermediate(self, x: Frames, layers: Sequence[int]) -> tuple[Frames, list[Frames]]:
+        """As `forward`, and what the given layers (from 0) say, each without its delay.
+
+        For intermediate CTC (arXiv 2102.03216) and distillation. ValueError for a layer that there is none of.
+        """
+        depth = len(self.layers.members)
+        if any(not 0 <= layer < depth for layer in layers):
+            raise ValueError(f"layers {list(layers)}: there are 0 to {depth - 1}")
+        x = self.subsample(x)
+        plans, delays, seen = [m.plan() for m in self.layers.members], self.layers.delays(), list[Frames]()
+        whole = self.layers.block is None
+        frames, ratio = x.mask.shape[1], Fraction(1)
+        outputs = self.layers.trace(flush(x, self.layers), self.layers.init_state(x))
+        for (y, _), plan, delay in zip(outputs, plans, delays, strict=False):
+            ratio *= plan.ratio
+            seen.append(y if whole else y[delay : delay + ceil(frames * ratio)])
+        return self.norm(seen[-1]), [seen[layer] for layer in layers]
+
+
+def made(position: PositionMaker | None, dim: int, heads: int) -> Position | None:
+    """A position for one layer."""
+    return None if position is None else position(dim, heads)

@@ -1,0 +1,77 @@
+"""E-Branchformer (Kim et al., arXiv 2210.00077)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from speechattn.attention.pattern import Pattern
+from speechattn.attention.position import Position, Relative
+from speechattn.attention.self_attention import SelfAttention
+from speechattn.encoder.base import Encoder, PositionMaker, made
+from speechattn.encoder.layers import Half, Subsample, feed_forward, filters
+from speechattn.frames import Frames
+from speechattn.stream import Parallel, Pointwise, Residual, Serial, Stream
+
+__all__ = ["EBranchformer", "EBranchformerBlock", "Gate"]
+
+
+class Gate(Parallel):
+    """The first half of the features, weighed by the filtered second half (convolutional spatial gating)."""
+
+    def __init__(self, dim: int, depthwise: Stream) -> None:
+        second = Serial(norm=Pointwise(Half(1), nn.LayerNorm(dim)), depthwise=depthwise)
+        super().__init__(Pointwise(Half(0)), second)
+
+    def combine(self, first: Frames, second: Frames) -> Frames:
+        return Frames(first.values * second.values, first.mask)
+
+
+class EBranchformerBlock(Serial):
+    """Attention and a gated convolution side by side, between two halves of a feed-forward."""
+
+    def __init__(
+        self, dim: int, heads: int, inner: int, gate: int, span: Pattern, depthwise: Stream, merge: Stream, *,
+        position: Position | None = None, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        local = Serial(
+            widen=Pointwise(nn.LayerNorm(dim), nn.Linear(dim, 2 * gate), nn.GELU()),
+            gate=Gate(gate, depthwise),
+            narrow=Pointwise(nn.Dropout(dropout), nn.Linear(gate, dim), nn.Dropout(dropout)),
+        )
+        distant = Serial(
+            norm=Pointwise(nn.LayerNorm(dim)),
+            attention=SelfAttention(dim, heads, span, position=position),
+            dropout=Pointwise(nn.Dropout(dropout)),
+        )
+        super().__init__(
+            macaron=feed_forward(dim, inner, dropout=dropout, scale=0.5),
+            branches=Residual(Serial(
+                both=Parallel(distant, local),
+                merge=Residual(merge),
+                narrow=Pointwise(nn.Linear(2 * dim, dim), nn.Dropout(dropout)),
+            )),
+            feed_forward=feed_forward(dim, inner, dropout=dropout, scale=0.5),
+            norm=Pointwise(nn.LayerNorm(dim)),
+        )  # fmt: skip
+
+
+class EBranchformer(Encoder):
+    """Strided convolutions, then `depth` blocks; `gate` is the width of the gated branch, half of what it computes."""
+
+    def __init__(
+        self, mels: int = 80, dim: int = 256, depth: int = 12, heads: int = 4, inner: int = 1024, *, span: Pattern,
+        gate: int | None = None, kernel: int = 31, merge_kernel: int = 3, conv_right: int | None = 0,
+        position: PositionMaker | None = Relative, factor: int = 4, dropout: float = 0.0,
+        subsample: Stream | None = None,
+    ) -> None:  # fmt: skip
+        gate = gate or 3 * dim
+        blocks = [
+            EBranchformerBlock(
+                dim, heads, inner, gate, span, filters(gate, kernel, conv_right, span),
+                filters(2 * dim, merge_kernel, conv_right and min(conv_right, merge_kernel // 2), span),
+                position=made(position, dim, heads), dropout=dropout,
+            )
+            for _ in range(depth)
+        ]  # fmt: skip
+        norm = Pointwise(nn.LayerNorm(dim))
+        super().__init__(subsample or Subsample(mels, dim, factor=factor), blocks, norm, dim=dim)

@@ -1,0 +1,161 @@
+"""The parts that encoders are made of."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from speechattn.attention.pattern import Pattern, Span
+from speechattn.attention.self_attention import Spanned
+from speechattn.frames import Frames
+from speechattn.stream import Buffer, Plan, Pointwise, Residual, Serial, Sliding, Stream
+
+__all__ = ["ChunkDepthwise", "Conv2d", "Depthwise", "Every", "Half", "Stack", "Subsample", "convolution",
+           "feed_forward", "filters"]  # fmt: skip
+
+SUBSAMPLING = {2: ((3, 2),), 4: ((3, 2), (3, 2)), 6: ((3, 2), (5, 3)), 8: ((3, 2), (3, 2), (3, 2))}  # kernel, stride
+
+
+class Depthwise(Sliding):
+    """One filter for each feature: `kernel` frames, `right` of them ahead."""
+
+    def __init__(self, dim: int, kernel: int, *, right: int = 0, stride: int = 1) -> None:
+        super().__init__(kernel, stride, right=right)
+        self.conv = nn.Conv1d(dim, dim, kernel, stride, groups=dim)
+
+    def windows(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return y
+
+
+class ChunkDepthwise(Spanned):
+    """One filter for each feature, centred; what follows the own chunk counts as zero.
+
+    So it sees ahead inside the chunk and adds no latency to the attention's; in training the same zeros are there.
+    """
+
+    def __init__(self, dim: int, kernel: int, span: Pattern) -> None:
+        super().__init__()
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel {kernel}: a centred one is odd")
+        self.kernel, self.span = kernel, span
+        self.conv = nn.Conv1d(dim, dim, kernel, groups=dim)
+
+    def plan(self) -> Plan:
+        chunk = self.span.chunk if isinstance(self.span, Span) else None
+        return Plan(chunk, Fraction(1), 0, None if chunk is None else self.kernel // 2, 0)
+
+    def init_state(self, x: Frames) -> Any:
+        return () if self.block is None else Buffer.empty(x.values, self.kernel // 2)
+
+    def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
+        side, chunk = self.kernel // 2, self.block
+        if chunk is None:
+            spent = self._spend(state)
+            y = self.conv(F.pad(x.values.transpose(1, 2), [side, side])).transpose(1, 2)
+            return Frames.of(y, x.mask), spent
+        if not x.mask.shape[1]:
+            return x, state
+        z = state.append(x.values, x.mask)
+        windows = F.pad(z.values.unfold(1, side + chunk, chunk), [0, side])  # [B, N, D, side + chunk + side]
+        y = self.conv(windows.flatten(0, 1)).unflatten(0, (len(x.mask), -1)).transpose(2, 3).flatten(1, 2)
+        return Frames.of(y, x.mask), z.last(side)
+
+
+class Half(nn.Module):
+    """The first (0) or second (1) half of the features."""
+
+    def __init__(self, which: int) -> None:
+        super().__init__()
+        self.which = which
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.chunk(2, -1)[self.which]
+
+
+class Conv2d(Sliding):
+    """A convolution over time and feature axis: [B, T, F] or [B, T, F, C] -> [B, T / stride, F', C']."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, *, right: int, whole: bool = False) -> None:
+        super().__init__(kernel, stride, right=right, whole=whole)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride)
+
+    def windows(self, x: Tensor) -> Tensor:
+        x = x[..., None] if x.dim() == 3 else x
+        y: Tensor = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return y
+
+
+class Stack(Sliding):
+    """`frames` neighbours side by side, every `stride` frames: [B, T, D] -> [B, T / stride, frames * D]."""
+
+    def __init__(self, frames: int, stride: int, *, right: int | None = None) -> None:
+        super().__init__(frames, stride, right=min(frames, stride) - 1 if right is None else right)
+
+    def windows(self, x: Tensor) -> Tensor:
+        return x.unfold(1, self.kernel, self.block or 1).transpose(2, 3).flatten(2)
+
+
+class Every(Sliding):
+    """Every `stride`-th frame, projected."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(1, stride)
+        self.linear = nn.Linear(inputs, outputs)
+
+    def windows(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x[:, :: self.block])
+        return y
+
+
+class Subsample(Serial):
+    """Strided convolutions over log-mel [B, T, mels] -> [B, T / factor, dim]: 2, 4, 6 or 8 times fewer frames.
+
+    Every convolution keeps its last frames, so nothing is computed twice. They are centred, which needs no frame
+    beyond the block. With `whole` they look ahead and drop the outputs that would read past the end, as toolkits do
+    that convolve without padding.
+    """
+
+    def __init__(
+        self, mels: int, dim: int, *, factor: int = 4, channels: int | None = None, whole: bool = False
+    ) -> None:
+        if factor not in SUBSAMPLING:
+            raise ValueError(f"subsampling by {factor}: wanted one of {', '.join(map(str, SUBSAMPLING))}")
+        channels = channels or dim
+        members: list[Stream] = []
+        inputs, bins = 1, mels
+        for kernel, stride in SUBSAMPLING[factor]:
+            right = kernel - 1 if whole else kernel // 2
+            members += [Conv2d(inputs, channels, kernel, stride, right=right, whole=whole), Pointwise(nn.ReLU())]
+            inputs, bins = channels, (bins - kernel) // stride + 1
+        super().__init__(*members, Pointwise(nn.Flatten(2), nn.Linear(channels * bins, dim)))
+
+
+def feed_forward(
+    dim: int, inner: int, *, activation: type[nn.Module] = nn.SiLU, dropout: float = 0.0, scale: float = 1.0
+) -> Residual:
+    """Norm, widen, activate, narrow; added to the input."""
+    body = [nn.LayerNorm(dim), nn.Linear(dim, inner), activation(), nn.Dropout(dropout), nn.Linear(inner, dim)]
+    return Residual(Pointwise(*body, nn.Dropout(dropout)), scale=scale)
+
+
+def convolution(
+    dim: int, depthwise: Stream, *, outputs: int | None = None, norm: nn.Module | None = None, dropout: float = 0.0
+) -> Serial:
+    """The Conformer's convolution (arXiv 2005.08100, figure 2): gate, depthwise filter, norm, Swish, mix.
+
+    The gate comes before the frames are masked, so padding stays zero where the filter reads it.
+    """
+    return Serial(
+        gate=Pointwise(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GLU()),
+        depthwise=depthwise,
+        mix=Pointwise(norm or nn.LayerNorm(dim), nn.SiLU(), nn.Linear(dim, outputs or dim), nn.Dropout(dropout)),
+    )
+
+
+def filters(dim: int, kernel: int, right: int | None, span: Pattern) -> Stream:
+    """A depthwise filter that looks `right` frames ahead, or (None) to the end of its chunk."""
+    return ChunkDepthwise(dim, kernel, span) if right is None else Depthwise(dim, kernel, right=right)
