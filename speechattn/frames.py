@@ -29,8 +29,8 @@ class Frames:
     @classmethod
     def of(cls, values: Tensor, mask: Tensor) -> Frames:
         """Re-establish the invariant; by selection, because NaN times zero is NaN."""
-        wide = mask.reshape(*mask.shape, *(1 for _ in values.shape[2:]))
-        return cls(torch.where(wide, values, torch.zeros((), dtype=values.dtype, device=values.device)), mask)
+        wide = mask.view(*mask.shape, *[1] * (values.dim() - 2))
+        return cls(torch.where(wide, values, 0), mask)
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> Frames:

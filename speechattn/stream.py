@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil, lcm
 from typing import Any, NamedTuple
@@ -313,26 +313,26 @@ class Serial(Planned):
         return tuple(states)
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
-        *_, (x, state) = self.trace(x, state)
-        return x, state
+        return self.trace(x, state, None)
 
-    def trace(self, x: Frames, state: Any) -> Iterator[tuple[Frames, Any]]:
-        """Like `step`, but what comes out of every member, and at last the next state (before it: None)."""
+    def trace(self, x: Frames, state: Any, seen: list[Frames] | None) -> tuple[Frames, Any]:
+        """As `step`; what comes out of each member is added to `seen`."""
         members = self.members
-        if isinstance(state, Spent) or self.block is None:
+        if isinstance(state, Spent) or (not state and members):
             spent = self._spend(state)
             for member in members:
                 x = member(x)
-                yield x, None
-            yield x, spent
-            return
+                if seen is not None:
+                    seen.append(x)
+            return x, spent
         states = []
         for member, (gap, before) in zip(members, state, strict=True):
             x, gap = delayed(x, gap)
             x, after = member.step(x, before)
             states.append((gap, after))
-            yield x, None
-        yield x, tuple(states)
+            if seen is not None:
+                seen.append(x)
+        return x, tuple(states)
 
 
 def common(a: Fraction, b: Fraction) -> Fraction:

@@ -26,7 +26,10 @@ class Backend(Protocol):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, valid: Tensor, position: Position | None
     ) -> Tensor:
-        """As `attend`."""
+        """As `attend`, of keys and values that are zero where they are not valid.
+
+        If they are only finite there, so is what a query gets that sees nothing.
+        """
 
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Flex(), Windowed(), Reference())}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, runtime_checkable
+from functools import lru_cache, wraps
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Pattern", "Span", "draw", "visible"]
+__all__ = ["Blocks", "Pattern", "Span", "constant", "draw", "visible"]
 
 
 @runtime_checkable
@@ -132,6 +134,21 @@ class Blocks:
         return table[torch.div(q, self.size, rounding_mode="floor"), torch.div(k, self.size, rounding_mode="floor")]
 
 
+def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make each table once. Not while tracing, whose tensors stand for others, and never as an inference tensor."""
+    remembered = lru_cache(maxsize=256)(make)
+
+    @wraps(make)
+    def table(*args: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return make(*args)
+        with torch.inference_mode(False), torch.no_grad():
+            return remembered(*args)
+
+    return table
+
+
+@constant
 def visible(pattern: Pattern, queries: range, keys: range, device: torch.device | None = None) -> Tensor:
     """The predicate over two ranges of indices [Q, K], without sinks."""
     q = torch.arange(queries.start, queries.stop, device=device)
@@ -142,5 +159,6 @@ def visible(pattern: Pattern, queries: range, keys: range, device: torch.device 
 def draw(pattern: Pattern, frames: int) -> str:
     """The pattern over an utterance of so many frames: rows are queries, `#` is a visible key."""
     seen = visible(pattern, range(frames), range(frames))
+    seen = seen.clone()
     seen[:, : pattern.sinks] |= torch.ones(frames, frames, dtype=torch.bool).tril()[:, : pattern.sinks]
     return "\n".join("".join("#" if cell else "." for cell in row) for row in seen.tolist())

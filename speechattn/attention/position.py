@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
 from math import log, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from speechattn.attention.pattern import constant
 
 __all__ = ["Alibi", "Bucketed", "Position", "Relative", "Rotary"]
 
@@ -31,18 +31,6 @@ class Position(nn.Module):
     def scalars(self, distances: range, device: torch.device) -> Tensor | None:
         """The bias as a table [H, len(distances)] of query minus key index, where it does not depend on q."""
         return None
-
-
-def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make each table once. Not while tracing, whose tensors stand for others, and never as an inference tensor."""
-    remembered = lru_cache(maxsize=256)(make)
-
-    @wraps(make)
-    def table(*args: Any) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return make(*args) if torch.compiler.is_compiling() else remembered(*args)
-
-    return table
 
 
 def skewed(rows: Tensor, queries: int, keys: int) -> Tensor:
@@ -79,30 +67,32 @@ class Relative(Position):
         self.dim, self.heads = dim, heads
         self.linear = nn.Linear(dim, dim, bias=False)
         self.u, self.v = nn.Parameter(torch.zeros(heads, dim // heads)), nn.Parameter(torch.zeros(heads, dim // heads))
-        self._rows: tuple[Any, Tensor] | None = None
+        self._rows: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def turn(self, q: Tensor, k: Tensor, queries: range, keys: range) -> tuple[Tensor, Tensor]:
         return q + self.u[:, None, None], k
 
     def bias(self, q: Tensor, queries: range, keys: range) -> Tensor | None:
-        rows = self.rows(distances(queries, keys), q)
+        rows, own = self.rows(distances(queries, keys), q)
         b, h, n, c, d = q.shape
-        by_head = (q + self.v[:, None, None]).transpose(0, 1).reshape(h, b * n * c, d)
-        scores = torch.matmul(by_head * (1 / sqrt(d)), rows).view(h, b, n, c, -1)
-        return skewed(scores, len(queries), len(keys)).transpose(0, 1)
+        scores = torch.baddbmm(own, q.transpose(0, 1).reshape(h, b * n * c, d), rows)
+        return skewed(scores.view(h, b, n, c, -1), len(queries), len(keys)).transpose(0, 1)
 
-    def rows(self, distances: range, like: Tensor) -> Tensor:
-        """The projected table [H, D, len(distances)]; kept while the weights stay and no gradient is asked."""
-        weight = self.linear.weight
-        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference())
-        key = (distances, weight.data_ptr(), weight._version, like.dtype, like.device) if keep else None
+    def rows(self, distances: range, like: Tensor) -> tuple[Tensor, Tensor]:
+        """W r(distance) by head [H, D, R] and v . W r(distance) [H, 1, R], scaled; R is len(distances).
+
+        Kept while the weights stay and no gradient is asked.
+        """
+        weights = (self.linear.weight, self.v)
+        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.v.is_inference())
+        key = (distances, like.dtype, like.device, *((w.data_ptr(), w._version) for w in weights)) if keep else None
         if key is not None and self._rows is not None and self._rows[0] == key:
             return self._rows[1]
-        with torch.inference_mode(torch.is_inference_mode_enabled() and not keep):
-            table = self.linear(sinusoids(distances, self.dim, like.dtype, like.device))
-            rows: Tensor = table.view(len(distances), self.heads, -1).permute(1, 2, 0).contiguous()
-        self._rows = (key, rows) if key is not None else None
-        return rows
+        table = self.linear(sinusoids(distances, self.dim, like.dtype, like.device)) / sqrt(self.dim // self.heads)
+        rows = table.view(len(distances), self.heads, -1).permute(1, 2, 0).contiguous()
+        found = rows, self.v[:, None] @ rows
+        self._rows = None if key is None else (key, found)
+        return found
 
 
 @constant

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from speechattn.attention.attend import attend
+from speechattn.attention.attend import choose
 from speechattn.attention.pattern import Pattern, Span
 from speechattn.attention.position import Position
 from speechattn.attention.softmax import first_valid
@@ -65,7 +66,7 @@ class SelfAttention(Spanned):
 
     def __init__(
         self, dim: int, heads: int, span: Pattern, *, position: Position | None = None, key_heads: int | None = None,
-        group: int = 1, key_bias: bool = True, backend: str = "auto",
+        group: int = 1, key_bias: bool = True, dropout: float = 0.0, backend: str = "auto",
     ) -> None:  # fmt: skip
         super().__init__()
         key_heads = key_heads or heads
@@ -77,6 +78,7 @@ class SelfAttention(Spanned):
         shared = dim * key_heads // heads
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, shared, bias=key_bias)
         self.value, self.out = nn.Linear(dim, shared), nn.Linear(dim, dim)
+        self.dropout = dropout
 
     def scaled(self, span: Pattern) -> Pattern:
         span = super().scaled(span)
@@ -113,7 +115,7 @@ class SelfAttention(Spanned):
         return AttentionState(waiting, Buffer.empty(like, history), Buffer.empty(like, self.span.sinks))
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
-        whole = self.block is None
+        whole = not isinstance(state, AttentionState)
         spent = self._spend(state) if whole else None
         length = x.mask.shape[1]
         if not length:
@@ -150,9 +152,10 @@ class SelfAttention(Spanned):
             keys, valid = torch.cat([sinks.values, keys], 1), torch.cat([sinks.mask, valid], 1)
         q = queries.reshape(*queries.shape[:2], self.heads, -1).transpose(1, 2)
         k, v = (keys[:, :, i].transpose(1, 2) for i in (0, 1))
-        y = attend(q, k, v, pattern=self.span, valid=valid, position=self.position, backend=self.backend)
+        backend = choose(q, self.span, self.position, self.backend)
+        y = backend(q, k, v, pattern=self.span, valid=valid, position=self.position)
         out: Tensor = self.out(y.transpose(1, 2).reshape(y.shape[0], -1, self.dim))
-        return out
+        return F.dropout(out, self.dropout) if self.training else out
 
     def _sunk(self, past: Buffer, kept: Buffer, sinks: Buffer) -> Buffer:
         """The first valid frames of the row, as far as they left the history that is kept."""

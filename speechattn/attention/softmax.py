@@ -6,10 +6,11 @@ from math import sqrt
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from speechattn.attention.position import Position
 
-__all__ = ["first_valid", "gathered", "mixed", "places", "scores", "shared"]
+__all__ = ["first_valid", "fused", "gathered", "mixed", "places", "scores", "shared"]
 
 
 def shared(k: Tensor, heads: int) -> Tensor:
@@ -32,6 +33,30 @@ def mixed(logits: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """Softmax of [B, H, ..., C, W] over what is `seen` (broadcast), times v [B, G, ..., W, D]; zero if none is."""
     weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
     return (weights @ shared(v, logits.shape[1])).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+
+
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, position: Position | None, queries: range, keys: range, seen: Tensor
+) -> Tensor:
+    """As `mixed` of `scores`, in one kernel and without keeping the weights: every window [H, C, W] is a row of it.
+
+    A query that sees nothing gets the mean of all values in its window.
+    """
+    b, h, n, c, d = q.shape
+    k, v = shared(k, h), shared(v, h)
+    bias, turned = None, q
+    if position is not None:
+        turned, k = position.turn(q, k, queries, keys)
+        bias = position.bias(q, queries, keys)
+    lowest = torch.finfo(q.dtype).min
+    mask = torch.where(seen, 0.0 if bias is None else bias, lowest).to(q.dtype)
+    if n == 1:  # a step over one chunk: nothing to move
+        return F.scaled_dot_product_attention(turned[:, :, 0], k[:, :, 0], v[:, :, 0], attn_mask=mask[:, :, 0])[
+            :, :, None
+        ]
+    mask = mask.transpose(1, 2).expand(b, n, -1, -1, -1).reshape(b * n, -1, c, len(keys))
+    rows = (x.transpose(1, 2).reshape(b * n, h, -1, d) for x in (turned, k, v))
+    return F.scaled_dot_product_attention(*rows, attn_mask=mask).view(b, n, h, c, d).transpose(1, 2)
 
 
 def first_valid(valid: Tensor, n: int) -> Tensor:

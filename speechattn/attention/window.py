@@ -7,7 +7,7 @@ from torch import Tensor
 
 from speechattn.attention.pattern import Pattern, Span, visible
 from speechattn.attention.position import Position
-from speechattn.attention.softmax import first_valid, gathered, mixed, places, scores
+from speechattn.attention.softmax import first_valid, fused, gathered, places
 
 __all__ = ["Windowed"]
 
@@ -37,8 +37,10 @@ class Windowed:
         width = left + chunk + pattern.right
         queries, keys = range(chunk), range(-left - sinks, chunk + pattern.right)
         seen = visible(pattern, queries, keys[sinks:], q.device)
-        there = valid[:, sinks:].unfold(1, width, chunk)  # [B, N, W]
-        k_windows, v_windows = (x[:, :, sinks:].unfold(2, width, chunk).transpose(-1, -2) for x in (k, v))
+        there, k_windows, v_windows = valid[:, None, sinks:], k[:, :, None, sinks:], v[:, :, None, sinks:]
+        if there.shape[2] > width:
+            there = valid[:, sinks:].unfold(1, width, chunk)  # [B, N, W]
+            k_windows, v_windows = (x[:, :, sinks:].unfold(2, width, chunk).transpose(-1, -2) for x in (k, v))
         seen = seen & there[:, :, None]
         if sinks:
             which = first_valid(valid, sinks)
@@ -50,4 +52,7 @@ class Windowed:
             )
             seen = torch.cat([gone[:, :, None].expand(-1, -1, chunk, -1), seen], -1)
         chunks = q.reshape(*q.shape[:2], -1, chunk, q.shape[3])
-        return mixed(scores(chunks, k_windows, position, queries, keys), v_windows, seen[:, None]).flatten(2, 3)
+        y = fused(chunks, k_windows, v_windows, position, queries, keys, seen[:, None])
+        if sinks or pattern.dilation > 1:
+            y = y.masked_fill(~seen.any(-1, keepdim=True)[:, None], 0.0)
+        return y.flatten(2, 3)  # in a plain band, who sees nothing has a window of zeros

@@ -35,13 +35,14 @@ class Encoder(Serial):
         if any(not 0 <= layer < depth for layer in layers):
             raise ValueError(f"layers {list(layers)}: there are 0 to {depth - 1}")
         x = self.subsample(x)
-        plans, delays, seen = [m.plan() for m in self.layers.members], self.layers.delays(), list[Frames]()
-        whole = self.layers.block is None
+        body, seen = self.layers, list[Frames]()
+        plans, delays = [layer.plan() for layer in body.members], body.delays()
+        body.trace(flush(x, body), body.init_state(x), seen)
         frames, ratio = x.mask.shape[1], Fraction(1)
-        outputs = self.layers.trace(flush(x, self.layers), self.layers.init_state(x))
-        for (y, _), plan, delay in zip(outputs, plans, delays, strict=False):
+        for i, (plan, delay) in enumerate(zip(plans, delays, strict=True)):
             ratio *= plan.ratio
-            seen.append(y if whole else y[delay : delay + ceil(frames * ratio)])
+            if body.block is not None:
+                seen[i] = seen[i][delay : delay + ceil(frames * ratio)]
         return self.norm(seen[-1]), [seen[layer] for layer in layers]
 
 

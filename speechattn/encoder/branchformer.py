@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from speechattn.attention.pattern import Pattern
 from speechattn.attention.position import Position, Relative
-from speechattn.attention.self_attention import SelfAttention
 from speechattn.encoder.base import Encoder, PositionMaker, made
-from speechattn.encoder.layers import Half, Subsample, feed_forward, filters
+from speechattn.encoder.layers import Half, Subsample, feed_forward, filters, self_attention
 from speechattn.frames import Frames
 from speechattn.stream import Parallel, Pointwise, Residual, Serial, Stream
 
@@ -27,32 +28,34 @@ class Gate(Parallel):
 
 
 class EBranchformerBlock(Serial):
-    """Attention and a gated convolution side by side, between two halves of a feed-forward."""
+    """Attention and a gated convolution side by side, between two halves of a feed-forward.
+
+    Without `macaron` one whole feed-forward comes after them; with `inner` 0 there is none.
+    """
 
     def __init__(
         self, dim: int, heads: int, inner: int, gate: int, span: Pattern, depthwise: Stream, merge: Stream, *,
-        position: Position | None = None, dropout: float = 0.0,
+        position: Position | None = None, macaron: bool = True, activation: Callable[[], nn.Module] = nn.SiLU,
+        dropout: float = 0.0,
     ) -> None:  # fmt: skip
         local = Serial(
             widen=Pointwise(nn.LayerNorm(dim), nn.Linear(dim, 2 * gate), nn.GELU()),
             gate=Gate(gate, depthwise),
             narrow=Pointwise(nn.Dropout(dropout), nn.Linear(gate, dim), nn.Dropout(dropout)),
         )
-        distant = Serial(
-            norm=Pointwise(nn.LayerNorm(dim)),
-            attention=SelfAttention(dim, heads, span, position=position),
-            dropout=Pointwise(nn.Dropout(dropout)),
-        )
-        super().__init__(
-            macaron=feed_forward(dim, inner, dropout=dropout, scale=0.5),
-            branches=Residual(Serial(
-                both=Parallel(distant, local),
-                merge=Residual(merge),
-                narrow=Pointwise(nn.Linear(2 * dim, dim), nn.Dropout(dropout)),
-            )),
-            feed_forward=feed_forward(dim, inner, dropout=dropout, scale=0.5),
-            norm=Pointwise(nn.LayerNorm(dim)),
-        )  # fmt: skip
+        distant = self_attention(dim, heads, span, position=position, dropout=dropout)
+        parts: dict[str, Stream] = {}
+        if inner and macaron:
+            parts["macaron"] = feed_forward(dim, inner, activation=activation, dropout=dropout, scale=0.5)
+        parts["branches"] = Residual(Serial(
+            both=Parallel(distant, local),
+            merge=Residual(merge),
+            narrow=Pointwise(nn.Linear(2 * dim, dim), nn.Dropout(dropout)),
+        ))  # fmt: skip
+        if inner:
+            scale = 0.5 if macaron else 1.0
+            parts["feed_forward"] = feed_forward(dim, inner, activation=activation, dropout=dropout, scale=scale)
+        super().__init__(**parts, norm=Pointwise(nn.LayerNorm(dim)))
 
 
 class EBranchformer(Encoder):

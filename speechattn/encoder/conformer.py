@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from speechattn.attention.pattern import Pattern
 from speechattn.attention.position import Position, Relative
-from speechattn.attention.self_attention import SelfAttention
 from speechattn.encoder.base import Encoder, PositionMaker, made
-from speechattn.encoder.layers import Subsample, convolution, feed_forward, filters
+from speechattn.encoder.layers import Subsample, convolution, feed_forward, filters, self_attention
 from speechattn.stream import Pointwise, Residual, Serial, Stream
 
 __all__ = ["Conformer", "ConformerBlock"]
 
 
 class ConformerBlock(Serial):
-    """Half a feed-forward, attention, convolution, half a feed-forward, norm; without `macaron` one whole, there."""
+    """Half a feed-forward, attention, convolution, half a feed-forward, norm; without `macaron` one whole, there.
+
+    Without `depthwise` there is no convolution and no last norm: a pre-norm Transformer block (as in ESPnet).
+    """
 
     def __init__(
-        self, dim: int, heads: int, inner: int, span: Pattern, depthwise: Stream, *, position: Position | None = None,
-        key_heads: int | None = None, macaron: bool = True, norm: nn.Module | None = None, dropout: float = 0.0,
+        self, dim: int, heads: int, inner: int, span: Pattern, depthwise: Stream | None, *,
+        position: Position | None = None, key_heads: int | None = None, macaron: bool = True,
+        norm: nn.Module | None = None, activation: Callable[[], nn.Module] = nn.SiLU, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        attention = SelfAttention(dim, heads, span, position=position, key_heads=key_heads)
-        parts: dict[str, Stream] = {
-            "attention": Residual(Serial(norm=Pointwise(nn.LayerNorm(dim)), attention=attention,
-                                         dropout=Pointwise(nn.Dropout(dropout)))),
-            "convolution": Residual(convolution(dim, depthwise, norm=norm, dropout=dropout)),
-            "feed_forward": feed_forward(dim, inner, dropout=dropout, scale=0.5 if macaron else 1.0),
-            "norm": Pointwise(nn.LayerNorm(dim)),
-        }  # fmt: skip
+        attention = self_attention(dim, heads, span, position=position, key_heads=key_heads, dropout=dropout)
+        parts: dict[str, Stream] = {}
         if macaron:
-            parts = {"macaron": feed_forward(dim, inner, dropout=dropout, scale=0.5), **parts}
+            parts["macaron"] = feed_forward(dim, inner, activation=activation, dropout=dropout, scale=0.5)
+        parts["attention"] = Residual(attention)
+        if depthwise:
+            mixed = convolution(dim, depthwise, norm=norm, activation=activation, dropout=dropout)
+            parts["convolution"] = Residual(mixed)
+        scale = 0.5 if macaron else 1.0
+        parts["feed_forward"] = feed_forward(dim, inner, activation=activation, dropout=dropout, scale=scale)
+        if depthwise:
+            parts["norm"] = Pointwise(nn.LayerNorm(dim))
         super().__init__(**parts)
 
 

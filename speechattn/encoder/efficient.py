@@ -11,7 +11,7 @@ from speechattn.attention.pattern import Pattern
 from speechattn.attention.position import Position, Relative
 from speechattn.attention.self_attention import SelfAttention, set_span
 from speechattn.encoder.base import Encoder, PositionMaker, made
-from speechattn.encoder.layers import Depthwise, Every, Subsample, convolution, feed_forward
+from speechattn.encoder.layers import Depthwise, Every, Subsample, convolution, feed_forward, self_attention
 from speechattn.stream import Pointwise, Residual, Serial, Stream
 
 __all__ = ["EfficientConformer", "EfficientConformerBlock"]
@@ -26,13 +26,11 @@ class EfficientConformerBlock(Serial):
     ) -> None:  # fmt: skip
         out = outputs or dim
         skip = Every(dim, out, stride) if stride > 1 or out != dim else None
-        attention = SelfAttention(dim, heads, span, position=position, group=group)
+        attention = self_attention(dim, heads, span, position=position, group=group, dropout=dropout)
         depthwise = Depthwise(dim, kernel, stride=stride)
         super().__init__(
             macaron=feed_forward(dim, inner, dropout=dropout, scale=0.5),
-            attention=Residual(
-                Serial(norm=Pointwise(nn.LayerNorm(dim)), attention=attention, dropout=Pointwise(nn.Dropout(dropout)))
-            ),
+            attention=Residual(attention),
             convolution=Residual(convolution(dim, depthwise, outputs=out, dropout=dropout), skip=skip),
             feed_forward=feed_forward(out, inner * out // dim, dropout=dropout, scale=0.5),
             norm=Pointwise(nn.LayerNorm(out)),

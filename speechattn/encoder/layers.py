@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from speechattn.attention.pattern import Pattern, Span
-from speechattn.attention.self_attention import Spanned
+from speechattn.attention.position import Position
+from speechattn.attention.self_attention import SelfAttention, Spanned
 from speechattn.frames import Frames
 from speechattn.stream import Buffer, Plan, Pointwise, Residual, Serial, Sliding, Stream
 
-__all__ = ["ChunkDepthwise", "Conv2d", "Depthwise", "Every", "Half", "Stack", "Subsample", "convolution",
-           "feed_forward", "filters"]  # fmt: skip
+__all__ = ["ChunkDepthwise", "Conv2d", "Depthwise", "Every", "FeedForward", "Half", "Stack", "Subsample", "convolution",
+           "feed_forward", "filters", "self_attention"]  # fmt: skip
 
 SUBSAMPLING = {2: ((3, 2),), 4: ((3, 2), (3, 2)), 6: ((3, 2), (5, 3)), 8: ((3, 2), (3, 2), (3, 2))}  # kernel, stride
 
@@ -27,8 +29,7 @@ class Depthwise(Sliding):
         self.conv = nn.Conv1d(dim, dim, kernel, stride, groups=dim)
 
     def windows(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(x.transpose(1, 2)).transpose(1, 2)
-        return y
+        return filtered(x, self.conv)
 
 
 class ChunkDepthwise(Spanned):
@@ -55,14 +56,21 @@ class ChunkDepthwise(Spanned):
         side, chunk = self.kernel // 2, self.block
         if chunk is None:
             spent = self._spend(state)
-            y = self.conv(F.pad(x.values.transpose(1, 2), [side, side])).transpose(1, 2)
-            return Frames.of(y, x.mask), spent
+            return Frames.of(filtered(F.pad(x.values, [0, 0, side, side]), self.conv), x.mask), spent
         if not x.mask.shape[1]:
             return x, state
         z = state.append(x.values, x.mask)
-        windows = F.pad(z.values.unfold(1, side + chunk, chunk), [0, side])  # [B, N, D, side + chunk + side]
-        y = self.conv(windows.flatten(0, 1)).unflatten(0, (len(x.mask), -1)).transpose(2, 3).flatten(1, 2)
+        windows = F.pad(z.values.unfold(1, side + chunk, chunk).transpose(2, 3), [0, 0, 0, side])  # [B, N, W, D]
+        y = filtered(windows.flatten(0, 1), self.conv).reshape(x.values.shape)
         return Frames.of(y, x.mask), z.last(side)
+
+
+def filtered(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """The convolution of x [B, T, D] over time. As an image of height 1 it keeps features last: nothing is moved."""
+    y = F.conv2d(
+        x[:, None].permute(0, 3, 1, 2), conv.weight[:, :, None], conv.bias, (1, *conv.stride), groups=conv.groups
+    )
+    return y.permute(0, 2, 3, 1)[:, 0]
 
 
 class Half(nn.Module):
@@ -116,43 +124,69 @@ class Subsample(Serial):
 
     Every convolution keeps its last frames, so nothing is computed twice. They are centred, which needs no frame
     beyond the block. With `whole` they look ahead and drop the outputs that would read past the end, as toolkits do
-    that convolve without padding.
+    that convolve without padding. `convolutions` are (kernel, stride) pairs in place of those that `factor` stands for.
     """
 
     def __init__(
-        self, mels: int, dim: int, *, factor: int = 4, channels: int | None = None, whole: bool = False
-    ) -> None:
-        if factor not in SUBSAMPLING:
+        self, mels: int, dim: int, *, factor: int = 4, convolutions: Sequence[tuple[int, int]] | None = None,
+        channels: int | None = None, whole: bool = False,
+    ) -> None:  # fmt: skip
+        if not convolutions and factor not in SUBSAMPLING:
             raise ValueError(f"subsampling by {factor}: wanted one of {', '.join(map(str, SUBSAMPLING))}")
         channels = channels or dim
         members: list[Stream] = []
         inputs, bins = 1, mels
-        for kernel, stride in SUBSAMPLING[factor]:
+        for kernel, stride in convolutions or SUBSAMPLING[factor]:
             right = kernel - 1 if whole else kernel // 2
             members += [Conv2d(inputs, channels, kernel, stride, right=right, whole=whole), Pointwise(nn.ReLU())]
             inputs, bins = channels, (bins - kernel) // stride + 1
         super().__init__(*members, Pointwise(nn.Flatten(2), nn.Linear(channels * bins, dim)))
 
 
+def self_attention(
+    dim: int, heads: int, span: Pattern, *, position: Position | None = None, key_heads: int | None = None,
+    group: int = 1, dropout: float = 0.0,
+) -> Serial:  # fmt: skip
+    """Norm, then attention."""
+    made = SelfAttention(dim, heads, span, position=position, key_heads=key_heads, group=group, dropout=dropout)
+    return Serial(norm=Pointwise(nn.LayerNorm(dim)), attention=made)
+
+
+class FeedForward(nn.Module):
+    """Norm, widen, activate, narrow: [B, T, D] -> the same shape."""
+
+    def __init__(self, dim: int, inner: int, *, activation: Callable[[], nn.Module], dropout: float) -> None:
+        super().__init__()
+        self.norm, self.widen, self.narrow = nn.LayerNorm(dim), nn.Linear(dim, inner), nn.Linear(inner, dim)
+        self.activation, self.dropout = activation(), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [B, T, D]."""
+        y = self.activation(self.widen(self.norm(x)))
+        if not self.training:
+            return self.narrow(y)  # type: ignore[no-any-return]
+        return F.dropout(self.narrow(F.dropout(y, self.dropout)), self.dropout)
+
+
 def feed_forward(
-    dim: int, inner: int, *, activation: type[nn.Module] = nn.SiLU, dropout: float = 0.0, scale: float = 1.0
+    dim: int, inner: int, *, activation: Callable[[], nn.Module] = nn.SiLU, dropout: float = 0.0, scale: float = 1.0
 ) -> Residual:
-    """Norm, widen, activate, narrow; added to the input."""
-    body = [nn.LayerNorm(dim), nn.Linear(dim, inner), activation(), nn.Dropout(dropout), nn.Linear(inner, dim)]
-    return Residual(Pointwise(*body, nn.Dropout(dropout)), scale=scale)
+    """A feed-forward that is added to its input."""
+    return Residual(Pointwise(FeedForward(dim, inner, activation=activation, dropout=dropout)), scale=scale)
 
 
 def convolution(
-    dim: int, depthwise: Stream, *, outputs: int | None = None, norm: nn.Module | None = None, dropout: float = 0.0
-) -> Serial:
-    """The Conformer's convolution (arXiv 2005.08100, figure 2): gate, depthwise filter, norm, Swish, mix.
+    dim: int, depthwise: Stream, *, outputs: int | None = None, norm: nn.Module | None = None,
+    activation: Callable[[], nn.Module] = nn.SiLU, dropout: float = 0.0,
+) -> Serial:  # fmt: skip
+    """The Conformer's convolution (arXiv 2005.08100, figure 2): gate, depthwise filter, norm, activate, mix.
 
     The gate comes before the frames are masked, so padding stays zero where the filter reads it.
     """
     return Serial(
         gate=Pointwise(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GLU()),
         depthwise=depthwise,
-        mix=Pointwise(norm or nn.LayerNorm(dim), nn.SiLU(), nn.Linear(dim, outputs or dim), nn.Dropout(dropout)),
+        mix=Pointwise(norm or nn.LayerNorm(dim), activation(), nn.Linear(dim, outputs or dim), nn.Dropout(dropout)),
     )
 
 

@@ -6,9 +6,8 @@ from torch import nn
 
 from speechattn.attention.pattern import Pattern, Span
 from speechattn.attention.position import Position, Relative
-from speechattn.attention.self_attention import SelfAttention
 from speechattn.encoder.base import Encoder, PositionMaker, made
-from speechattn.encoder.layers import Stack, feed_forward
+from speechattn.encoder.layers import Stack, feed_forward, self_attention
 from speechattn.stream import Pointwise, Residual, Serial, Stream
 
 __all__ = ["LabelEncoder", "Transformer", "TransformerBlock"]
@@ -21,12 +20,10 @@ class TransformerBlock(Serial):
         self, dim: int, heads: int, inner: int, span: Pattern, *, position: Position | None = None,
         key_heads: int | None = None, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        attention = SelfAttention(dim, heads, span, position=position, key_heads=key_heads)
+        attention = self_attention(dim, heads, span, position=position, key_heads=key_heads, dropout=dropout)
         super().__init__(
-            attention=Residual(
-                Serial(norm=Pointwise(nn.LayerNorm(dim)), attention=attention, dropout=Pointwise(nn.Dropout(dropout)))
-            ),
-            feed_forward=feed_forward(dim, inner, activation=nn.ReLU, dropout=dropout),
+            attention=Residual(attention),
+            feed_forward=feed_forward(dim, inner, activation=lambda: nn.ReLU(inplace=True), dropout=dropout),
         )
 
 
