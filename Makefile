@@ -33,6 +33,7 @@ bench-live: .venv/demo
 
 .venv/dev: pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off --no-deps espnet==202511
 	touch $@
 
 clean:

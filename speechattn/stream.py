@@ -111,6 +111,13 @@ class Stream(nn.Module):
         """Leading output frames that stand for nothing, because the stream still waits."""
         return self.plan().delay
 
+    def earliest(self, output: int) -> int | None:
+        """The first input frame that output frame `output` may depend on, were there frames before 0; None: all."""
+        plan = self.plan()
+        if plan.block is None or plan.left is None:
+            return None
+        return output // int(plan.block * plan.ratio) * plan.block - plan.left
+
     def init_state(self, x: Frames) -> Any:
         """The state before the first step, for the rows, type and device of `x`; its frames are not read."""
         return ()
@@ -223,7 +230,7 @@ class Sliding(Stream):
     """Base of everything that reads a window every `stride` frames: convolutions, stacking, spectra.
 
     Output t reads the `kernel` inputs up to t * stride + `right`; beyond the ends there are zeros. It is valid when
-    input t * stride is, or, with `whole`, when its last input is: then outputs that would read past the end are not.
+    input t * stride is; with `whole` its last input must be too, so outputs that would read past the end are not.
     """
 
     def __init__(self, kernel: int, stride: int = 1, *, right: int = 0, whole: bool = False) -> None:
@@ -245,8 +252,9 @@ class Sliding(Stream):
         stride, left = self.block or 1, self.kernel - 1 - self.right
         frames = x.mask.shape[1]
         z = state.append(x.values, x.mask)
-        anchor = left + (self.right if self.whole else 0)
-        mask = z.mask[:, anchor : anchor + frames : stride]
+        mask = z.mask[:, left : left + frames : stride]
+        if self.whole:
+            mask = mask & z.mask[:, left + self.right : left + self.right + frames : stride]
         if frames:
             y = self.windows(z.values[:, : frames - stride + self.kernel])
         else:
@@ -293,14 +301,14 @@ class Serial(Planned):
         latency = 0
         for plan, gap in zip(reversed(plans), reversed(gaps(plans)), strict=True):
             latency = ceil(latency / plan.ratio) + plan.latency + gap
-        left: int | None = 0
-        for plan in reversed(plans):
-            if left is None or plan.left is None:
-                left = None
-            else:
-                per_block = int((plan.block or 1) * plan.ratio)
-                left = ceil(left / per_block) * (plan.block or 1) + plan.left
-        return Plan(block.numerator, ratio, latency, left, (delays(plans) or [0])[-1])
+        first = self.earliest(0)
+        return Plan(block.numerator, ratio, latency, None if first is None else -first, (delays(plans) or [0])[-1])
+
+    def earliest(self, output: int) -> int | None:
+        at: int | None = output
+        for member in reversed(self.members):
+            at = None if at is None else member.earliest(at)
+        return at
 
     def init_state(self, x: Frames) -> Any:
         if self.block is None:
@@ -376,8 +384,13 @@ class Parallel(Planned):
         if a.block is None or b.block is None:
             return Plan(None, a.ratio, 0, None, 0)
         block = lcm(a.block, b.block)
-        left = None if a.left is None or b.left is None else max(a.left, b.left)
+        first = self.earliest(0)
+        left = None if first is None else -first
         return Plan(block, a.ratio, max(a.latency, b.latency), left, max(a.delay, b.delay))
+
+    def earliest(self, output: int) -> int | None:
+        a, b = self.first.earliest(output), self.second.earliest(output)
+        return None if a is None or b is None else min(a, b)
 
     def combine(self, first: Frames, second: Frames) -> Frames:
         """Outputs [B, T, D] and [B, T, D'] -> [B, T, D + D']."""

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from speechattn.attention.flex import Flex
+from speechattn.attention.fused import Fused
 from speechattn.attention.pattern import Pattern
 from speechattn.attention.position import Position
 from speechattn.attention.reference import Reference
@@ -32,7 +33,7 @@ class Backend(Protocol):
         """
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Flex(), Windowed(), Reference())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Flex(), Windowed(), Fused(), Reference())}
 
 
 def choose(q: Tensor, pattern: Pattern, position: Position | None, backend: str) -> Backend:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 __all__ = ["Blocks", "Pattern", "Span", "constant", "draw", "visible"]
+
+
+SMALL = 1 << 17  # entries of a table that is worth remembering
 
 
 @runtime_checkable
@@ -135,15 +138,25 @@ class Blocks:
 
 
 def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make each table once. Not while tracing, whose tensors stand for others, and never as an inference tensor."""
-    remembered = lru_cache(maxsize=256)(make)
+    """Make each small table once; the last 64 are remembered.
+
+    Not while tracing, whose tensors stand for others, and never as an inference tensor, which no gradient may meet.
+    """
+    remembered: dict[Any, Tensor] = {}
 
     @wraps(make)
     def table(*args: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return make(*args)
-        with torch.inference_mode(False), torch.no_grad():
-            return remembered(*args)
+        found = remembered.get(args)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = make(*args)
+            if found.numel() <= SMALL:
+                while len(remembered) >= 64:
+                    remembered.pop(next(iter(remembered)), None)
+                remembered[args] = found
+        return found
 
     return table
 

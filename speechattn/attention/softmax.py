@@ -55,8 +55,8 @@ def fused(
             :, :, None
         ]
     mask = mask.transpose(1, 2).expand(b, n, -1, -1, -1).reshape(b * n, -1, c, len(keys))
-    rows = (x.transpose(1, 2).reshape(b * n, h, -1, d) for x in (turned, k, v))
-    return F.scaled_dot_product_attention(*rows, attn_mask=mask).view(b, n, h, c, d).transpose(1, 2)
+    turned, k, v = (x.transpose(1, 2).reshape(b * n, h, -1, d) for x in (turned, k, v))
+    return F.scaled_dot_product_attention(turned, k, v, attn_mask=mask).view(b, n, h, c, d).transpose(1, 2)
 
 
 def first_valid(valid: Tensor, n: int) -> Tensor:

@@ -54,11 +54,11 @@ class ChunkDepthwise(Spanned):
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
         side, chunk = self.kernel // 2, self.block
-        if chunk is None:
-            spent = self._spend(state)
-            return Frames.of(filtered(F.pad(x.values, [0, 0, side, side]), self.conv), x.mask), spent
+        spent = self._spend(state) if chunk is None else state
         if not x.mask.shape[1]:
-            return x, state
+            return x, spent
+        if chunk is None:
+            return Frames.of(filtered(F.pad(x.values, [0, 0, side, side]), self.conv), x.mask), spent
         z = state.append(x.values, x.mask)
         windows = F.pad(z.values.unfold(1, side + chunk, chunk).transpose(2, 3), [0, 0, 0, side])  # [B, N, W, D]
         y = filtered(windows.flatten(0, 1), self.conv).reshape(x.values.shape)
