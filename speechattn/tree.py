@@ -77,7 +77,7 @@ def where(keep: Tensor, new: Any, old: Any) -> Any:
 
 def select(tree: Any, rows: Tensor | Sequence[int]) -> Any:
     """The given rows, in that order: beams, slots of a pool."""
-    return map(lambda leaf: leaf.index_select(0, torch.as_tensor(rows, device=leaf.device)), tree)
+    return map(lambda leaf: leaf.index_select(0, torch.as_tensor(rows, dtype=torch.long, device=leaf.device)), tree)
 
 
 def concat(trees: Sequence[Any]) -> Any:

@@ -40,6 +40,7 @@ from speechattn.stream import (
     Sliding,
     Stream,
     flush,
+    packed,
     seconds,
 )  # fmt: skip
 from speechattn.testing import (
@@ -269,7 +270,7 @@ def test_a_long_utterance_is_read_in_pieces_when_no_gradient_is_asked(monkeypatc
     encoder = lively(Conformer(D, D, 2, 2, 12, span=Span(5, 2, 1), kernel=5, conv_right=1))
     x = random_frames([90, 31], D)
     whole, sizes = encoder(x), list[int]()
-    monkeypatch.setattr("speechattn.stream.PIECE", 20)
+    monkeypatch.setattr("speechattn.stream.contract.PIECE", 20)
     step = encoder.layers.step
     monkeypatch.setattr(encoder.layers, "step", lambda z, s: (sizes.append(z.mask.shape[1]), step(z, s))[1])
     with torch.no_grad():
@@ -310,3 +311,28 @@ def test_clocks_that_do_not_meet_are_refused() -> None:
         Join(layers.Every(D, D, 4), Delay(0), rates=(100, 30))
     assert Join(layers.Every(D, D, 4), Delay(0), rates=(100, 25)).blocks == (4, 1)
     assert Join(Delay(0), Delay(0), rates=(Fraction(30000, 1001), Fraction(30000, 1001))).blocks == (1, 1)
+
+
+def test_packed_utterances_are_those_alone_and_cost_follows_their_total() -> None:
+    encoder = lively(Conformer(D, D, 2, 2, 12, span=Span(5, 2, 1), kernel=5, conv_right=1))
+    lengths = [31, 0, 90, 7, 260, 64, 65]
+    utterances = [random_frames([n], D, seed=n) for n in lengths]
+    steps, step = list[int](), encoder.step
+    encoder.step = lambda x, s: (steps.append(x.mask.numel()), step(x, s))[1]  # type: ignore[method-assign]
+    found = packed(encoder, utterances, rows=3, piece=16)
+    assert sum(steps) <= sum(n + encoder.latency + 16 for n in lengths) + 3 * 16
+    for x, y in zip(utterances, found, strict=True):
+        expected = oracle(encoder, x)
+        assert torch.equal(y.mask, expected.mask)
+        torch.testing.assert_close(y.values, expected.values, rtol=0, atol=1e-9)
+    leaf = utterances[2].values.clone().requires_grad_()
+    grads = [
+        torch.autograd.grad(y.values.square().sum(), leaf)[0]
+        for y in (encoder(Frames(leaf, utterances[2].mask)), packed(encoder, [Frames(leaf, utterances[2].mask)])[0])
+    ]
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-9)
+    assert packed(encoder, []) == []
+    with pytest.raises(ValueError, match="needs all that came before"):
+        packed(attention(Span.causal()), utterances)
+    with pytest.raises(ValueError, match="one row"):
+        packed(encoder, [random_frames([3, 4], D)])

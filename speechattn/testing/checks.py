@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from speechattn import tree
 from speechattn.frames import Frames
 from speechattn.stream import Spent, Stream, flush
+from speechattn.stream.packing import stacked
 from speechattn.testing.oracle import oracle
 
 __all__ = ["check_export", "check_stream", "random_frames", "random_pieces", "stepped"]
@@ -154,7 +155,7 @@ def slots(stream: Stream, x: Frames, seed: int, tolerance: float) -> None:
     while min(at) < steps:
         runs = [at[row] < steps and draw.random() < 0.7 for row in order]
         pieces = [row_of(x, row, max(at[row], 0) % steps * block, block) for row in order]
-        y, new = stream.step(joined(pieces), tree.clone(state))
+        y, new = stream.step(stacked(pieces), tree.clone(state))
         state = tree.where(torch.tensor(runs), new, state)
         for slot, row in enumerate(order):
             if runs[slot]:
@@ -178,11 +179,6 @@ def slots(stream: Stream, x: Frames, seed: int, tolerance: float) -> None:
 def row_of(x: Frames, row: int, at: int, n: int) -> Frames:
     """A stretch of one row as a batch of one."""
     return Frames(x.values[row : row + 1, at : at + n], x.mask[row : row + 1, at : at + n])
-
-
-def joined(rows: Sequence[Frames]) -> Frames:
-    """One batch of rows."""
-    return Frames(torch.cat([row.values for row in rows]), torch.cat([row.mask for row in rows]))
 
 
 def check_export(stream: Stream, x: Frames) -> None:
