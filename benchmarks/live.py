@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from speechattn import AlignAtt, Event, LocalAgreement, Session, load_model
+from speechattn.audio.hearing import hear
 from speechattn.data.fotaq import Line, default_folder, prepare, read_split
 from speechattn.data.streams import Stream, join, read_word_ends
 from speechattn.live.session import FRAME_THRESHOLD, Settings
@@ -98,7 +99,8 @@ def offline(model: Model, lines: list[Line]) -> WordErrors:
 
     texts = []
     for line in lines:
-        memory = model.encode(torch.from_numpy(soundfile.read(line.path, dtype="float32")[0]), finished=True)
+        sound = soundfile.read(line.path, dtype="float32")[0]
+        memory = model.encode(hear(model.front_end, sound), samples=len(sound), finished=True)
         texts.append(model.tokenizer.decode(model.draft(memory, []).tokens.tolist()))
     return word_errors([line.text for line in lines], texts)
 

@@ -12,13 +12,14 @@ from speechattn.decoder.attention import Head
 from speechattn.errors import ModelError
 from speechattn.frames import Memory
 from speechattn.search import Draft
+from speechattn.stream import Stream
 from speechattn.text.tokenizer import Tokenizer
 
 __all__ = ["Model", "load_model"]
 
 
 class Model(Protocol):
-    """Sound in, memory and drafts out. A frame is one step of the encoder's output."""
+    """Sound in, memory and drafts out: `front_end`, `encode`, `draft`. A frame is one step of the encoder's output."""
 
     sample_rate: int
     frame_s: float
@@ -31,8 +32,12 @@ class Model(Protocol):
     def spaceless(self) -> bool:
         """The language is written without spaces."""
 
-    def encode(self, samples: Tensor, *, start: int = 0, finished: bool = False) -> Memory:
-        """Mono `samples` [n] -> memory [1, T, D]."""
+    @property
+    def front_end(self) -> Stream:
+        """Samples [B, N] -> features [B, T, F]; float32, where the sound is."""
+
+    def encode(self, features: Tensor, *, samples: int, start: int = 0, finished: bool = False) -> Memory:
+        """Features of so many `samples` and of the silence behind them, as `Hearing` reads them -> memory [1, T, D]."""
 
     def draft(
         self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),

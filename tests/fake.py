@@ -10,6 +10,7 @@ from torch import Tensor
 
 from speechattn.frames import Frames, Memory
 from speechattn.search import Draft
+from speechattn.stream import Sliding, Stream
 
 RATE = 16000
 FRAME = 320
@@ -25,6 +26,16 @@ class FakeTokenizer:
 
     def words(self, tokens: Sequence[int], *, spaceless: bool = False) -> list[int]:
         return [1] * len(tokens)
+
+
+class Loudness(Sliding):
+    """The greatest sample of every 20 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(FRAME, FRAME, right=FRAME - 1)
+
+    def windows(self, x: Tensor) -> Tensor:
+        return x.unfold(1, FRAME, FRAME).amax(-1, keepdim=True)
 
 
 @dataclass
@@ -43,16 +54,17 @@ class FakeModel:
     alignment_heads: tuple[tuple[int, int], ...] = ((0, 0),)
     decoder_size: tuple[int, int] = (1, 1)
     spaceless: bool = False
+    front_end: Stream = field(default_factory=Loudness)
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     encoded: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
 
-    def encode(self, samples: Tensor, *, start: int = 0, finished: bool = False) -> Memory:
-        self.encoded.append(len(samples))
-        n = -(-len(samples) // FRAME)
-        values = samples.new_zeros(1, n, 1)
+    def encode(self, features: Tensor, *, samples: int, start: int = 0, finished: bool = False) -> Memory:
+        self.encoded.append(samples)
+        n = -(-samples // FRAME)
+        values = features.new_zeros(1, n, 1)
         memory = Memory.of(Frames(values, torch.ones(1, n, dtype=torch.bool)), start=start, finished=finished)
-        self.end_s = (start + len(samples)) / RATE
+        self.end_s = (start + samples) / RATE
         return memory
 
     def draft(

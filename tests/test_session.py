@@ -9,17 +9,21 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
+import torch
 from fake import RATE, FakeModel, FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechattn.audio.hearing import hear
 from speechattn.audio.vad import AlwaysSpeech
 from speechattn.errors import InputError
+from speechattn.frames import Memory
 from speechattn.live.events import Event
 from speechattn.live.session import Session, Settings
 from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
 from speechattn.policy.local_agreement import LocalAgreement
+from speechattn.pretrained.whisper.features import FrontEnd
 
 ENDS = [0.5 + 0.4 * i for i in range(30)]
 LENGTH_S = 13.0
@@ -67,6 +71,36 @@ def test_everything_is_said_once_and_right(policy: Policy, chunk: float) -> None
     events = run(session(FakeModel(ENDS), policy, min_chunk_s=chunk), sound(LENGTH_S), range(0, 200000, 1600))
     assert text(events) == whole(30)
     assert sum(event.final for event in events) == 1
+
+
+class Listening(FakeModel):
+    """Remembers the features that it was given: the first sample of the window, its samples, what they became."""
+
+    def __init__(self, ends: Sequence[float]) -> None:
+        super().__init__(ends, front_end=FrontEnd())
+        self.given: list[tuple[int, int, torch.Tensor]] = []
+
+    def encode(self, features: torch.Tensor, *, samples: int, start: int = 0, finished: bool = False) -> Memory:
+        self.given.append((start, samples, features[0]))
+        return super().encode(features, samples=samples, start=start, finished=finished)
+
+
+@settings(max_examples=5, deadline=None)
+@given(cuts=st.lists(st.integers(0, 10**6), max_size=40))
+def test_features_of_a_session_are_those_of_the_whole_sound(cuts: list[int]) -> None:
+    """However it came, and when the window has lost its front: what remains still hears what stood before it."""
+    model, x = Listening(ENDS), np.random.default_rng(0).normal(0, 0.1, 208123).astype(np.float32)
+    made = Session(model, policy=align_att(), settings=Settings(max_window_s=5.0), vad=AlwaysSpeech())
+    assert text(run(made, x, cuts)) == whole(30)
+    windows = [start for start, *_ in model.given]
+    assert windows[0] == 0
+    assert len(set(windows)) > 2
+    for start, samples, features in model.given:
+        assert start % 320 == 0
+        heard = hear(FrontEnd(), x[: start + samples])[0, start // 160 :]
+        torch.testing.assert_close(features, heard, rtol=0, atol=1e-5)
+    assert start + samples == len(x)
+    assert max(samples for _, samples, _ in model.given) < 8 * RATE
 
 
 @settings(max_examples=15, deadline=None)

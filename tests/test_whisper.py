@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import random_whisper
 
-from speechattn.audio.mel import log_mel
+from speechattn.audio.hearing import hear
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
 from speechattn.pretrained.whisper import Whisper, WhisperConfig, WhisperModel, load
+from speechattn.pretrained.whisper.features import FrontEnd, scaled
 from speechattn.pretrained.whisper.layouts import read_ctranslate2, read_hugging_face, read_openai
+from speechattn.testing import check_export
 
 CPU = torch.device("cpu")
 PACKAGE_FILES = ("tokenizer.json", "config.json")
@@ -104,9 +106,12 @@ def hugging_face_model(network: Whisper):  # type: ignore[no-untyped-def]
     return theirs
 
 
+def log_mel(samples: torch.Tensor, mels: int = 80) -> torch.Tensor:
+    return scaled(FrontEnd(mels)(Frames(samples, torch.ones(samples.shape, dtype=torch.bool))).values)
+
+
 def logits(network: Whisper, mel: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    x = network.encoder(mel)
-    memory = Memory.of(Frames(x, torch.ones(x.shape[:2], dtype=torch.bool)))
+    memory = Memory.of(network.encoder(whole(mel)))
     hidden, _, _ = network.decoder.step(tokens, network.decoder.start(memory))
     return network.decoder.logits(hidden)
 
@@ -174,19 +179,54 @@ def test_tiny_en_has_the_same_logits_in_all_three_layouts(tiny: WhisperModel, tm
 def test_features_are_openais(mels: int) -> None:
     whisper = pytest.importorskip("whisper")
     samples = torch.randn(16000) * torch.linspace(0, 1, 16000).pow(8)  # so quiet at first that the floor acts
-    torch.testing.assert_close(
-        log_mel(samples[None], mels)[0].T, whisper.log_mel_spectrogram(samples, mels), rtol=0, atol=1e-4
-    )
+    mine = log_mel(torch.nn.functional.pad(samples, [0, 8000])[None], mels)[0].T
+    torch.testing.assert_close(mine, whisper.log_mel_spectrogram(samples, mels, padding=8000), rtol=0, atol=1e-4)
+    loud = torch.randn(16000)
+    mine = log_mel(torch.nn.functional.pad(loud, [0, 8000])[None], mels)[0].T
+    torch.testing.assert_close(mine, whisper.log_mel_spectrogram(loud, mels, padding=8000), rtol=0, atol=1e-4)
 
 
 def test_remembered_silence_stands_where_encoded_silence_would(tiny: WhisperModel) -> None:
-    network = tiny.network
-    x = network.encode(torch.randn(1, 16000) * 0.1, pad=8000)
-    assert x.shape[1] == 75
-    state = network.decoder.start(tiny.encode(torch.randn(16000)), behind=network.silence())
+    network, second = tiny.network, hear(tiny.front_end, torch.randn(16000).numpy())
+    x = network.encode(second, samples=16000, pad=8000)
+    assert x.mask.shape[1] == 75
+    state = network.decoder.start(tiny.encode(second, samples=16000), behind=network.silence())
     assert state.cross[0].key.shape[2] == 1500
-    full = network.encode(torch.randn(1, 16000) * 0.1, pad=30 * 16000)
-    assert full.shape[1] == 1500
+    full = network.encode(second, samples=16000, pad=30 * 16000)
+    assert full.mask.shape[1] == 1500
+
+
+def test_silence_behind_the_sound_is_what_sound_of_zeros_would_be() -> None:
+    for mels in (80, 128):
+        network, x = random_whisper(mels=mels), torch.randn(12345).numpy()
+        y = network.encode(hear(FrontEnd(mels), x), samples=len(x), pad=8000)
+        n = y.mask.shape[1]
+        assert n == 75
+        longer = np.concatenate([x, np.zeros(320 * n - len(x), np.float32)])
+        torch.testing.assert_close(
+            y.values, network.encode(hear(FrontEnd(mels), longer), samples=len(longer), pad=0).values
+        )
+        mel = log_mel(torch.from_numpy(longer)[None], mels)
+        torch.testing.assert_close(y.values, network.encoder(whole(mel)).values)
+
+
+def whole(mel: torch.Tensor) -> Frames:
+    return Frames(mel, torch.ones(mel.shape[:2], dtype=torch.bool))
+
+
+def test_the_encoder_is_a_stream_that_takes_one_step_and_rows_do_not_see_each_other() -> None:
+    encoder = random_whisper(audio_context=50).encoder
+    x = Frames.from_lengths(torch.randn(3, 60, 80), torch.tensor([60, 31, 0]))
+    y, state = encoder.step(x, encoder.init_state(x))
+    assert torch.equal(encoder(x).values, y.values)
+    assert y.lengths.tolist() == [30, 16, 0]
+    assert (y.values[~y.mask] == 0).all()
+    alone = encoder(Frames(x.values[1:2, :31], x.mask[1:2, :31]))
+    torch.testing.assert_close(y.values[1:2, :16], alone.values, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="Encoder needs the whole utterance"):
+        encoder.step(x, state)
+    with pytest.raises(ValueError, match="51 frames do not fit into the encoder's 50 positions"):
+        encoder(whole(torch.randn(1, 101, 80)))
 
 
 def test_alignment_heads_come_from_the_checkpoint_or_the_upper_half(tiny: WhisperModel) -> None:
@@ -337,9 +377,18 @@ def test_multilingual_prompt_language_and_detection() -> None:
     with pytest.raises(ModelError, match="does not know the language fr; it knows en, zh, de"):
         multilingual("fr")
     free = multilingual()
-    memory = free.encode(torch.randn(16000))
+    memory = free.encode(hear(free.front_end, torch.randn(16000).numpy()), samples=16000)
     chances = free.detect_language(memory)
     assert sorted(chances) == sorted(LANGUAGES)
     assert sum(chances.values()) == pytest.approx(1)
     free.draft(memory, [], max_tokens=3)
     assert free.language == max(chances, key=lambda code: chances[code])
+
+
+def test_the_encoder_is_a_whole_utterance_stream_that_can_be_exported() -> None:
+    encoder = random_whisper().encoder.eval()
+    x = Frames(torch.randn(2, 30, encoder.conv1.in_channels), torch.ones(2, 30, dtype=torch.bool))
+    check_export(encoder, x)
+    _, state = encoder.step(x, encoder.init_state(x))
+    with pytest.raises(RuntimeError, match="Encoder needs the whole utterance: it cannot take a second step"):
+        encoder.step(x, state)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from speechattn.audio.hearing import Hearing
 from speechattn.audio.resample import Samples
 from speechattn.live.events import Word
 from speechattn.live.guard import loop_start
@@ -56,14 +57,14 @@ class Utterance:
         self.context = list(context)
         self.heads = tuple(dict.fromkeys([*model.alignment_heads, *policy.heads]))
         self.state: Any = policy.initial()
-        self.pieces: list[Samples] = []
-        self.size = 0
+        self.hearing = Hearing(model.front_end)
+        self.size = 0  # samples
         self.words: list[Committed] = []
         self.tail: list[int] = []
 
     def add(self, samples: Samples) -> None:
         """More sound at the end."""
-        self.pieces.append(samples)
+        self.hearing.add(samples)
         self.size += len(samples)
 
     @property
@@ -85,9 +86,8 @@ class Utterance:
         From the second round of a loop on nothing is committed: it stays out of the tail too, and where the window
         ends it is given back as withheld.
         """
-        self.pieces = [np.concatenate(self.pieces)]
         frames = ceil(self.seconds / self.model.frame_s)
-        memory = self.model.encode(torch.from_numpy(self.pieces[0]), start=self.start, finished=finished)
+        memory = self.model.encode(self.hearing.read(), samples=self.size, start=self.start, finished=finished)
         draft = self.model.draft(
             memory, self.tokens, guess=self.tail, context=self.context, heads=self.heads, frames=frames,
             max_tokens=TOKENS_AT_LEAST + ceil(TOKENS_PER_S * self.seconds), first=self.first,
@@ -173,6 +173,7 @@ class Utterance:
 
     def _cut(self, frames: int) -> None:
         """Forget the first `frames` of the sound."""
-        samples = frames * round(self.model.frame_s * self.model.sample_rate)
-        sound = np.concatenate(self.pieces)[samples:].copy()
-        self.pieces, self.size, self.start = [sound], len(sound), self.start + samples
+        step = round(self.model.frame_s * self.model.sample_rate)
+        samples = min(frames, self.size // step) * step
+        self.hearing.cut(samples)
+        self.size, self.start = self.size - samples, self.start + samples

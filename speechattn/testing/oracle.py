@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from speechattn.attention.self_attention import SelfAttention
+from speechattn.audio.normal import GlobalCMVN
 from speechattn.encoder.layers import ChunkDepthwise, Conv2d, Depthwise
 from speechattn.frames import Frames
 from speechattn.stream import Delay, Parallel, Pointwise, Residual, Serial, Sliding, Stream
@@ -93,6 +94,11 @@ def _(stream: ChunkDepthwise, x: Frames) -> Frames:
                 y[:, t] = y[:, t] + x.values[:, t + j] * conv.weight[:, 0, j + side]
     assert conv.bias is not None
     return Frames.of(y + conv.bias, x.mask)
+
+
+@oracle.register
+def _(stream: GlobalCMVN, x: Frames) -> Frames:
+    return Frames.of((x.values - stream.mean) / stream.std, x.mask)
 
 
 @oracle.register

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speechattn.audio.mel import SAMPLE_RATE
 from speechattn.decoder.attention import Head
 from speechattn.errors import ModelError
-from speechattn.frames import Frames, Memory
+from speechattn.frames import Memory
 from speechattn.pretrained.whisper.config import WhisperConfig
+from speechattn.pretrained.whisper.features import SAMPLE_RATE, FrontEnd
 from speechattn.pretrained.whisper.layouts import read_ctranslate2, read_hugging_face, read_openai
 from speechattn.pretrained.whisper.model import STRIDE, Whisper
 from speechattn.search import Draft
@@ -50,6 +50,7 @@ class WhisperModel:
         self.network, self.tokenizer, self.name, self.task = network, tokenizer, name, task
         self.language = language if config.multilingual else "en"
         self.pad_s = PAD_S if pad_s is None else pad_s
+        self.front_end = FrontEnd(config.mels)
         self.max_s = network.max_samples / SAMPLE_RATE
         self.alignment_heads = config.alignment_heads
         self.decoder_size = config.decoder_layers, config.decoder_heads
@@ -72,11 +73,10 @@ class WhisperModel:
         return self.network.encoder.positions.device
 
     @torch.inference_mode()
-    def encode(self, samples: Tensor, *, start: int = 0, finished: bool = False) -> Memory:
-        """Mono `samples` [n] at 16 kHz -> memory [1, T, D] of it and of `pad_s` of silence; nothing is stable."""
-        x = self.network.encode(samples[None].to(self.device), pad=round(self.pad_s * SAMPLE_RATE))
-        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return Memory.of(Frames(x, mask), start=start, finished=finished)
+    def encode(self, features: Tensor, *, samples: int, start: int = 0, finished: bool = False) -> Memory:
+        """As `Model.encode`, with `pad_s` of silence behind the sound; nothing is stable."""
+        x = self.network.encode(features.to(self.device), samples=samples, pad=round(self.pad_s * SAMPLE_RATE))
+        return Memory.of(x, start=start, finished=finished)
 
     @torch.inference_mode()
     def detect_language(self, memory: Memory) -> dict[str, float]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speechattn.audio.mel import HOP, log_mel
+from speechattn.attention.pattern import Span
+from speechattn.attention.self_attention import SelfAttention
 from speechattn.cross.soft import Soft
 from speechattn.decoder.attention import AttentionDecoder, DecoderState
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
 from speechattn.pretrained.whisper.config import WhisperConfig
+from speechattn.pretrained.whisper.features import HOP, SILENCE, scaled
+from speechattn.stream import Stream
 
 __all__ = ["Encoder", "Whisper"]
 
@@ -20,43 +26,30 @@ GRID = 25 * STRIDE
 SILENT_LEVEL = -0.6  # log-mel of silence next to speech of usual loudness (the floor is 8 decades below its peak)
 
 
-class SelfAttention(nn.Module):
-    """Every frame looks at every frame."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [B, T, D] -> the same shape."""
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return y
-
-
 class EncoderLayer(nn.Module):
     """Self attention and feed-forward, each behind its norm and added to its input."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.norm, self.ff_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, heads)
+        self.attention = SelfAttention(dim, heads, Span.full(), key_bias=False)
         self.ff = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [B, T, D] -> the same shape."""
-        x = x + self.attention(self.norm(x))
-        x = x + self.ff(self.ff_norm(x))
-        return x
+    def forward(self, x: Frames) -> Frames:
+        """The same shape; what is not valid may become anything."""
+        values = x.values + self.attention(Frames(self.norm(x.values), x.mask)).values
+        return Frames(values + self.ff(self.ff_norm(values)), x.mask)
 
 
-class Encoder(nn.Module):
-    """Two convolutions (the second halves the rate), fixed positions, full attention.
+class Encoder(Stream):
+    """Log-mel [B, 2T, mels] -> [B, T, D]: two convolutions (the second halves the rate), fixed positions, attention.
 
-    The cost follows the input: fewer frames than the 1,500 it was trained with are simply fewer frames.
+    Every frame looks at every frame, so it needs the whole utterance. The cost follows the input: fewer frames than
+    the 1,500 it was trained with are simply fewer frames; ValueError when there are more frames than positions.
     """
+
+    block = None
+    ratio = Fraction(1, 2)
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
@@ -67,17 +60,16 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(dim, config.encoder_heads) for _ in range(config.encoder_layers))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, mel: Tensor) -> Tensor:
-        """Log-mel [B, 2T, mels] -> [B, T, D]; ValueError when T is more than there are positions."""
-        x = F.gelu(self.conv1(mel.transpose(1, 2)))
-        x = F.gelu(self.conv2(x)).transpose(1, 2)
-        if x.shape[1] > len(self.positions):
-            raise ValueError(f"{x.shape[1]} frames do not fit into the encoder's {len(self.positions)} positions")
-        x = x + self.positions[: x.shape[1]]
+    def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
+        spent, mask = self._spend(state), x.mask[:, ::2]
+        if mask.shape[1] > len(self.positions):
+            raise ValueError(f"{mask.shape[1]} frames do not fit into the encoder's {len(self.positions)} positions")
+        values = F.gelu(self.conv1(x.values.transpose(1, 2))).where(x.mask[:, None], 0.0)
+        values = F.gelu(self.conv2(values)).transpose(1, 2) + self.positions[: mask.shape[1]]
+        y = Frames(values, mask)
         for layer in self.layers:
-            x = layer(x)
-        y: Tensor = self.norm(x)
-        return y
+            y = layer(y)
+        return Frames.of(self.norm(y.values), mask), spent
 
 
 class Whisper(nn.Module):
@@ -101,16 +93,18 @@ class Whisper(nn.Module):
         """The longest input, in samples at 16 kHz: 30 s for every released checkpoint."""
         return self.config.audio_context * STRIDE
 
-    def encode(self, samples: Tensor, *, pad: int) -> Tensor:
-        """`samples` [B, n] at 16 kHz and silence behind them -> frames [B, T, D], one for each 320 samples.
+    def encode(self, features: Tensor, *, samples: int, pad: int) -> Frames:
+        """Front-end `features` [B, T, mels] of so many `samples` and silence behind them -> frames [B, T', D].
 
-        There are at least `pad` samples of silence, and as many more as make T a multiple of 25 (half a second): a few
-        lengths that come again and again are faster than ever new ones, and do not fill the caches of the kernels.
+        There is one for each 320 samples, with at least `pad` samples of silence, and as many more as make T' a
+        multiple of 25 (half a second): a few lengths that come again and again are faster than ever new ones, and do
+        not fill the caches of the kernels.
         """
-        n = -(-samples.shape[1] // STRIDE) * STRIDE
-        total = max(n, min(-(-(n + pad) // GRID) * GRID, self.max_samples))
-        mel = log_mel(F.pad(samples, [0, total - samples.shape[1]]), self.config.mels)
-        x: Tensor = self.encoder(mel.to(self.encoder.positions))
+        n = -(-samples // STRIDE) * STRIDE
+        total = max(n, min(-(-(n + pad) // GRID) * GRID, self.max_samples)) // HOP
+        mel = scaled(F.pad(features, [0, 0, 0, total - features.shape[1]], value=SILENCE))
+        mask = torch.ones(mel.shape[:2], dtype=torch.bool, device=mel.device)
+        x: Frames = self.encoder(Frames(mel.to(self.encoder.positions), mask))
         return x
 
     @torch.inference_mode()
@@ -124,6 +118,6 @@ class Whisper(nn.Module):
         if self._silence is None:
             weight = self.encoder.positions
             mel = weight.new_full((1, 2 * self.config.audio_context, self.config.mels), SILENT_LEVEL)
-            x = self.encoder(mel)
-            self._silence = self.decoder.start(Memory.of(Frames(x, x.new_ones(x.shape[:2], dtype=torch.bool))))
+            mask = torch.ones(mel.shape[:2], dtype=torch.bool, device=mel.device)
+            self._silence = self.decoder.start(Memory.of(self.encoder(Frames(mel, mask))))
         return self._silence
