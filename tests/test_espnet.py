@@ -149,7 +149,7 @@ def test_a_wrong_mapping_would_be_seen(
     encoder = espnet_encoder("conformer", {})
     folder = write(tmp_path, "conformer", {}, encoder)
     table = names.LAYERS["conformer"]
-    at = "attention.first.attention"
+    at = "attention.first"
     if ours is None:
         monkeypatch.delitem(table, f"self_attn.{theirs}")
         with pytest.raises(ModelError, match=r"2 missing .*linear\.weight.*2 unknown .*self_attn\.linear_pos"):
@@ -218,7 +218,7 @@ def test_legacy_positions_refuse_everything_but_whole_utterances(tmp_path: Path)
             set_span(ours, span)
     set_span(ours, Span.full())
     assert worst(theirs, ours, 60) < 1e-9
-    position = ours.layers.members[0].attention.first.attention.position  # type: ignore[attr-defined]
+    position = ours.layers.members[0].attention.first.position  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="only Span"):
         position.bias(torch.randn(1, 2, 1, 4, 8), range(4), range(-4, 4))
     with pytest.raises(ValueError, match="only Span"):

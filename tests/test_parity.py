@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from speechattn.attention import Relative, Rotary, SelfAttention, Span
 from speechattn.attention.position import Position
+from speechattn.attention.self_attention import joined
 from speechattn.encoder.conformer import ConformerBlock
 from speechattn.encoder.layers import Depthwise
 from speechattn.frames import Frames
@@ -47,14 +48,14 @@ def renamed(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tens
 
 
 TORCHAUDIO_LAYER = {
-    "self_attn_layer_norm": "attention.first.norm.f", "self_attn.out_proj": "attention.first.attention.out",
+    "self_attn_layer_norm": "attention.first.norm", "self_attn.out_proj": "attention.first.out",
     "conv_module.layer_norm": "convolution.first.gate.f.0", "conv_module.sequential.0": "convolution.first.gate.f.1",
     "conv_module.sequential.2": "convolution.first.depthwise.conv",
     "conv_module.sequential.5": "convolution.first.mix.f.2", "final_layer_norm": "norm.f",
     **{f"ffn{i}.sequential.{theirs}": f"{part}.first.f.{ours}"
        for i, part in ((1, "macaron"), (2, "feed_forward"))
        for theirs, ours in ((0, "norm"), (1, "widen"), (4, "narrow"))},
-    **{f"self_attn.{part}": f"attention.first.attention.{part}" for part in ("query", "key", "value")},
+    **{f"self_attn.{part}": f"attention.first.{part}" for part in ("query", "key", "value")},
 }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def test_torchaudios_conformer() -> None:
     blocks = []
     for layer in theirs.conformer_layers:
         block = ConformerBlock(DIM, HEADS, 24, Span.full(), Depthwise(DIM, 7, right=3), norm=nn.Identity()).double()
-        block.load_state_dict(from_torchaudio(layer))
+        block.load_state_dict(joined(block, from_torchaudio(layer)))
         blocks.append(block)
     x = torch.randn(2, FRAMES, DIM, dtype=torch.float64)
     expected, _ = theirs(x, torch.tensor([FRAMES, FRAMES]))
@@ -99,7 +100,7 @@ def attention(
     ours = SelfAttention(DIM, HEADS, span, position=position, key_heads=key_heads).double().eval()
     tensors = theirs.state_dict()
     found = {names.get(n) or f"{names[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}": t for n, t in tensors.items()}
-    ours.load_state_dict(found)
+    ours.load_state_dict(joined(ours, found))
     return ours
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import random_whisper
 
+from speechattn.attention.self_attention import joined, separated
 from speechattn.audio.hearing import hear
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
@@ -30,6 +31,11 @@ def _their_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|whisper|numba|tiktoken|huggingface_hub).*")
 
 
+def apart(network: Whisper) -> dict[str, torch.Tensor]:
+    """The weights with projections apart; keys have no bias in any checkpoint."""
+    return {name: tensor for name, tensor in separated(network).items() if not name.endswith(".key.bias")}
+
+
 def openai_model(network: Whisper):  # type: ignore[no-untyped-def]
     """The reference implementation of OpenAI with the same sizes and weights."""
     whisper = pytest.importorskip("whisper")
@@ -41,10 +47,10 @@ def openai_model(network: Whisper):  # type: ignore[no-untyped-def]
     theirs = whisper.model.Whisper(dims).eval()
     names = {}
     for half in ("encoder", "decoder"):
-        for name in network.state_dict():
+        for name in apart(network):
             if name.startswith(half):
                 names[name] = openai_name(name)
-    theirs.load_state_dict({names[name]: tensor for name, tensor in network.state_dict().items()}, strict=False)
+    theirs.load_state_dict({names[name]: tensor for name, tensor in apart(network).items()}, strict=False)
     return theirs, dims
 
 
@@ -85,7 +91,7 @@ def hugging_face_model(network: Whisper):  # type: ignore[no-untyped-def]
     )  # fmt: skip
     theirs = transformers.WhisperForConditionalGeneration(config).eval()
     weights = {}
-    for name, tensor in network.state_dict().items():
+    for name, tensor in apart(network).items():
         half, _, rest = name.partition(".")
         for mine, other in (
             ("positions", "embed_positions.weight"), ("embed.", "embed_tokens."), ("self_norm", "self_attn_layer_norm"),
@@ -129,7 +135,7 @@ def test_openai_layout_gives_the_reference_implementations_logits(sizes: dict[st
     write_openai(network, tmp_path / "random.pt")
     config, tensors = read_openai(tmp_path / "random.pt")
     again = Whisper(config)
-    again.load_state_dict(tensors)
+    again.load_state_dict(joined(again, tensors))
     mel, tokens = torch.randn(2, 80, config.mels), torch.randint(config.vocab, (2, 7))
     expected = theirs(mel.transpose(1, 2), tokens)
     torch.testing.assert_close(logits(again.eval(), mel, tokens), expected, rtol=0, atol=1e-3)
@@ -144,7 +150,7 @@ def test_hugging_face_layout_gives_the_reference_implementations_logits(sizes: d
     config, tensors = read_hugging_face(tmp_path)
     assert config.alignment_heads == ((0, 1),)
     again = Whisper(config)
-    again.load_state_dict(tensors)
+    again.load_state_dict(joined(again, tensors))
     mel, tokens = torch.randn(2, 80, config.mels), torch.randint(config.vocab, (2, 7))
     expected = theirs(input_features=mel.transpose(1, 2), decoder_input_ids=tokens).logits
     torch.testing.assert_close(logits(again.eval(), mel, tokens), expected, rtol=0, atol=1e-3)
@@ -252,7 +258,7 @@ def write_model_bin(path: Path, tensors: dict[str, np.ndarray], aliases: dict[st
 def small_ctranslate2(folder: Path, *, quantise: bool = False) -> Whisper:
     """A random model as a CTranslate2 folder; the network it should give."""
     network = random_whisper(vocab=120, audio_context=40, text_context=30)
-    t = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    t = {name: tensor.numpy() for name, tensor in apart(network).items()}
     out: dict[str, np.ndarray] = {}
 
     def put(name: str, *parts: str) -> None:
@@ -304,11 +310,11 @@ def test_ctranslate2_layout_is_read_exactly_and_int8_to_its_precision(tmp_path: 
     network = small_ctranslate2(tmp_path)
     config, tensors = read_ctranslate2(tmp_path)
     assert (config.alignment_heads, config.suppress) == (((1, 1),), (5,))
-    assert tensors.keys() == network.state_dict().keys()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in network.state_dict().items())
+    assert tensors.keys() == apart(network).keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in apart(network).items())
     network = small_ctranslate2(tmp_path, quantise=True)
     _, tensors = read_ctranslate2(tmp_path)
-    for name, tensor in network.state_dict().items():
+    for name, tensor in apart(network).items():
         torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=float(tensor.abs().max()) / 250 + 1e-6)
 
 

@@ -17,7 +17,7 @@ from speechattn.frames import Frames
 from speechattn.stream import Buffer, Plan, Planned
 from speechattn.tree import node
 
-__all__ = ["AttentionState", "SelfAttention", "Spanned", "set_span"]
+__all__ = ["AttentionState", "SelfAttention", "Spanned", "joined", "separated", "set_span"]
 
 
 @node
@@ -27,6 +27,35 @@ class AttentionState:
     waiting: Tensor
     past: Buffer
     sinks: Buffer
+
+
+def joined(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with `query`, `key` and `value` apart -> with the `qkv` of the self-attention in `network`.
+
+    A bias that is missing is zero; what is not complete stays as it is.
+    """
+    tensors = dict(tensors)
+    for name, module in network.named_modules():
+        at = [f"{name}.{part}" if name else part for part in ("query", "key", "value", "qkv")]
+        if not isinstance(module, SelfAttention) or any(f"{part}.weight" not in tensors for part in at[:3]):
+            continue
+        weights = [tensors.pop(f"{part}.weight") for part in at[:3]]
+        biases = [tensors.pop(f"{part}.bias", w.new_zeros(len(w))) for part, w in zip(at[:3], weights, strict=True)]
+        tensors |= {f"{at[3]}.weight": torch.cat(weights), f"{at[3]}.bias": torch.cat(biases)}
+    return tensors
+
+
+def separated(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of `network` with `query`, `key` and `value` of its self-attention apart: what `joined` undoes."""
+    tensors = dict(network.state_dict())
+    for name, module in network.named_modules():
+        if isinstance(module, SelfAttention):
+            at = f"{name}." if name else ""
+            sizes = [module.dim, *2 * [module.dim * module.key_heads // module.heads]]
+            for kind in ("weight", "bias"):
+                parts = tensors.pop(f"{at}qkv.{kind}").split(sizes)
+                tensors |= {f"{at}{p}.{kind}": t for p, t in zip(("query", "key", "value"), parts, strict=True)}
+    return tensors
 
 
 class Spanned(Planned):
@@ -58,7 +87,7 @@ def set_span(stream: nn.Module, span: Pattern) -> None:
 
 
 class SelfAttention(Spanned):
-    """Frames look at frames of their own row, as `span` allows.
+    """Frames look at frames of their own row, as `span` allows, behind a `norm` if there is one.
 
     `key_heads` fewer than `heads` are shared by groups of query heads (arXiv 2305.13245). `group` > 1 puts so many
     neighbours into one wider frame (Efficient Conformer, arXiv 2109.01163, section 3.2); the span counts those.
@@ -66,7 +95,7 @@ class SelfAttention(Spanned):
 
     def __init__(
         self, dim: int, heads: int, span: Pattern, *, position: Position | None = None, key_heads: int | None = None,
-        group: int = 1, key_bias: bool = True, dropout: float = 0.0, backend: str = "auto",
+        group: int = 1, norm: nn.Module | None = None, dropout: float = 0.0, backend: str = "auto",
     ) -> None:  # fmt: skip
         super().__init__()
         key_heads = key_heads or heads
@@ -75,9 +104,9 @@ class SelfAttention(Spanned):
         self.dim, self.heads, self.key_heads, self.group, self.backend = dim, heads, key_heads, group, backend
         self.span: Pattern = span
         self.position = position
-        shared = dim * key_heads // heads
-        self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, shared, bias=key_bias)
-        self.value, self.out = nn.Linear(dim, shared), nn.Linear(dim, dim)
+        self.norm = norm
+        self.qkv = nn.Linear(dim, dim + 2 * (dim * key_heads // heads))  # queries, then keys, then values
+        self.out = nn.Linear(dim, dim)
         self.dropout = dropout
 
     def scaled(self, span: Pattern) -> Pattern:
@@ -139,11 +168,12 @@ class SelfAttention(Spanned):
     def _project(self, x: Frames) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D] -> queries [B, T, D], keys and values [B, T, 2, G, D / H], mask; all by group."""
         b, frames = x.mask.shape
-        kv = torch.stack([self.key(x.values), self.value(x.values)], 2)
+        y = self.qkv(x.values if self.norm is None else self.norm(x.values))
+        q, kv = y[..., : self.dim], y[..., self.dim :].view(b, frames, 2, -1)
         if self.group > 1:
+            q = q.reshape(b, frames // self.group, -1)
             kv = kv.view(b, frames // self.group, self.group, 2, -1).transpose(2, 3).flatten(3)
-        q = self.query(x.values).reshape(b, frames // self.group, -1)
-        return q, kv.reshape(*kv.shape[:3], self.key_heads, -1), x.mask[:, :: self.group]
+        return q, kv.view(*kv.shape[:3], self.key_heads, -1), x.mask[:, :: self.group]
 
     def _attend(self, queries: Tensor, past: Buffer, end: int, sinks: Buffer) -> Tensor:
         """Queries [B, T, D] over the keys before `end` -> [B, T, D], ungrouped and projected."""

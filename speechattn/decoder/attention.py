@@ -41,10 +41,10 @@ class DecoderState:
 class DecoderLayer(nn.Module):
     """Self attention, cross attention, feed-forward; each behind its own norm and added to its input."""
 
-    def __init__(self, dim: int, heads: int, inner: int, cross: CrossAttention, *, key_bias: bool) -> None:
+    def __init__(self, dim: int, heads: int, inner: int, cross: CrossAttention) -> None:
         super().__init__()
         self.self_norm, self.cross_norm, self.ff_norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attention = SelfAttention(dim, heads, Span.causal(), key_bias=key_bias)
+        self.self_attention = SelfAttention(dim, heads, Span.causal())
         self.cross = cross
         self.ff = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))
 
@@ -66,14 +66,14 @@ class AttentionDecoder(nn.Module):
 
     def __init__(
         self, vocab: int, context: int, dim: int, heads: int, depth: int, *,
-        cross: Callable[[], CrossAttention], inner: int | None = None, key_bias: bool = True,
+        cross: Callable[[], CrossAttention], inner: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.dim, self.heads, self.context = dim, heads, context
         self.embed = nn.Embedding(vocab, dim)
         self.positions = nn.Parameter(torch.zeros(context, dim))
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
-            DecoderLayer(dim, heads, inner or 4 * dim, cross(), key_bias=key_bias) for _ in range(depth)
+            DecoderLayer(dim, heads, inner or 4 * dim, cross()) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
 

@@ -146,10 +146,11 @@ class Subsample(Serial):
 def self_attention(
     dim: int, heads: int, span: Pattern, *, position: Position | None = None, key_heads: int | None = None,
     group: int = 1, dropout: float = 0.0,
-) -> Serial:  # fmt: skip
-    """Norm, then attention."""
-    made = SelfAttention(dim, heads, span, position=position, key_heads=key_heads, group=group, dropout=dropout)
-    return Serial(norm=Pointwise(nn.LayerNorm(dim)), attention=made)
+) -> SelfAttention:  # fmt: skip
+    """Attention behind a norm."""
+    return SelfAttention(
+        dim, heads, span, position=position, key_heads=key_heads, group=group, norm=nn.LayerNorm(dim), dropout=dropout
+    )
 
 
 class FeedForward(nn.Module):

@@ -23,13 +23,18 @@ def dense(layer: SelfAttention, x: Frames) -> Frames:
 
 def row(layer: SelfAttention, x: Tensor, mask: Tensor) -> Tensor:
     """One row [T, D]."""
-    frames, group, width = len(x), layer.group, layer.dim * layer.group // layer.heads
+    dim, frames, group, width = layer.dim, len(x), layer.group, layer.dim * layer.group // layer.heads
+    shared = dim * layer.key_heads // layer.heads
     if not frames:
         return x
     spare = -frames % group
     padded = torch.cat([x, x.new_zeros(spare, x.shape[1])])
+    padded = padded if layer.norm is None else layer.norm(padded)
     valid = torch.cat([mask, mask.new_zeros(spare)])[::group].tolist()
-    q, k, v = (f(padded).reshape(len(valid), -1, width) for f in (layer.query, layer.key, layer.value))
+    q, k, v = (
+        (padded @ layer.qkv.weight[rows].T + layer.qkv.bias[rows]).reshape(len(valid), -1, width)
+        for rows in (slice(dim), slice(dim, dim + shared), slice(dim + shared, None))
+    )
     share = layer.heads // layer.key_heads
     order = [j for j, there in enumerate(valid) if there]
     out = q.new_zeros(len(valid), layer.heads, width)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from speechattn.attention.pattern import Span
 from speechattn.attention.position import Position, Relative
+from speechattn.attention.self_attention import joined
 from speechattn.encoder.base import Encoder
 from speechattn.encoder.branchformer import EBranchformerBlock
 from speechattn.encoder.conformer import ConformerBlock
@@ -41,6 +42,7 @@ def load_encoder(config_path: str | Path, weights_path: str | Path | None = None
             encoder = build(config, mels_for(tensors, config))
     except ValueError as error:
         raise ModelError(f"{path}: encoder_conf: {error}") from error
+    tensors = joined(encoder, tensors)
     check(weights, encoder, tensors)
     encoder.load_state_dict(tensors, assign=True)
     for module in encoder.modules():

@@ -31,18 +31,18 @@ DISTANT = "branches.first.both.first"
 LOCAL = "branches.first.both.second"
 LAYERS: dict[str, dict[str, str]] = {
     "conformer": FEED_FORWARD | {
-        "norm_mha": "attention.first.norm.f", "norm_conv": "convolution.first.gate.f.0",
+        "norm_mha": "attention.first.norm", "norm_conv": "convolution.first.gate.f.0",
         "conv_module.pointwise_conv1": "convolution.first.gate.f.1",
         "conv_module.depthwise_conv": "convolution.first.depthwise.conv",
         "conv_module.pointwise_conv2": "convolution.first.mix.f.2",
-    } | {f"self_attn.{theirs}": f"attention.first.attention.{ours}" for theirs, ours in ATTENTION.items()},
+    } | {f"self_attn.{theirs}": f"attention.first.{ours}" for theirs, ours in ATTENTION.items()},
     "e_branchformer": FEED_FORWARD | {
-        "norm_mha": f"{DISTANT}.norm.f", "norm_mlp": f"{LOCAL}.widen.f.0",
+        "norm_mha": f"{DISTANT}.norm", "norm_mlp": f"{LOCAL}.widen.f.0",
         "cgmlp.channel_proj1.0": f"{LOCAL}.widen.f.1",
         "cgmlp.csgu.norm": f"{LOCAL}.gate.second.norm.f.1", "cgmlp.csgu.conv": f"{LOCAL}.gate.second.depthwise.conv",
         "cgmlp.channel_proj2": f"{LOCAL}.narrow.f.1", "depthwise_conv_fusion": "branches.first.merge.first.conv",
         "merge_proj": "branches.first.narrow.f.0",
-    } | {f"attn.{theirs}": f"{DISTANT}.attention.{ours}" for theirs, ours in ATTENTION.items()},
+    } | {f"attn.{theirs}": f"{DISTANT}.{ours}" for theirs, ours in ATTENTION.items()},
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from speechattn.attention.self_attention import joined
 from speechattn.decoder.attention import Head
 from speechattn.errors import ModelError
 from speechattn.frames import Memory
@@ -121,6 +122,7 @@ def load(
         tokenizer = Tokenizer(path / "tokenizer.json")
     with torch.device("meta"):
         network = Whisper(config)
+    tensors = joined(network, tensors)
     check(path, network, tensors)
     network.load_state_dict({key: value.to(device, dtype) for key, value in tensors.items()}, assign=True)
     network.silence()  # now, so that the first look is not slower than the others

@@ -32,7 +32,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.norm, self.ff_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, heads, Span.full(), key_bias=False)
+        self.attention = SelfAttention(dim, heads, Span.full())
         self.ff = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Frames) -> Frames:
@@ -83,7 +83,7 @@ class Whisper(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = AttentionDecoder(
             config.vocab, config.text_context, config.decoder_dim, config.decoder_heads, config.decoder_layers,
-            cross=lambda: Soft(config.decoder_dim, config.decoder_heads, key_bias=False), key_bias=False,
+            cross=lambda: Soft(config.decoder_dim, config.decoder_heads, key_bias=False),
         )  # fmt: skip
 
         self._silence: DecoderState | None = None
