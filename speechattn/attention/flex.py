@@ -43,10 +43,7 @@ class Flex:
         first = k.shape[2] - pattern.right - frames
         table = None
         if position is not None:
-            turned, k = position.turn(
-                q[:, :, None], shared(k, heads)[:, :, None], range(frames), range(-first, k.shape[2] - first)
-            )
-            q, k = turned[:, :, 0], k[:, :, 0]
+            q, k = position.turn(q, shared(k, heads), range(frames), range(-first, k.shape[2] - first))
             table = position.scalars(range(first + frames - 1, first - k.shape[2], -1), q.device)
 
         def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

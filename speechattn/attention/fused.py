@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from speechattn.attention.pattern import Pattern, Span, visible
 from speechattn.attention.position import Position
-from speechattn.attention.softmax import shared
+from speechattn.attention.softmax import fused
 
 __all__ = ["Fused"]
 
@@ -25,19 +23,10 @@ class Fused:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, valid: Tensor, position: Position | None
     ) -> Tensor:
-        """As `attend`, of keys and values that are finite where they are not valid."""
+        """As `attend`."""
         frames, ahead = q.shape[2], pattern.right
         queries, keys = range(frames), range(ahead + frames - k.shape[2], ahead + frames)
         seen = valid[:, None, None]
         if pattern != Span.full():  # whose one row of mask is the same for all queries
             seen = seen & visible(pattern, queries, keys, q.device)
-        blind = ~seen.any(-1, keepdim=True)
-        mask = seen | blind  # no row may be masked altogether: its softmax would be NaN
-        k, v = shared(k, q.shape[1]), shared(v, q.shape[1])
-        if position is not None:
-            turned, moved = position.turn(q[:, :, None], k[:, :, None], queries, keys)
-            bias = position.bias(q[:, :, None], queries, keys)
-            q, k = turned[:, :, 0], moved[:, :, 0]
-            if bias is not None:
-                mask = torch.where(mask, bias[..., 0, :, :], -torch.inf).to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(blind, 0.0)
+        return fused(q, k, v, position, queries, keys, seen).masked_fill(~seen.any(-1, keepdim=True), 0.0)

@@ -16,8 +16,8 @@ __all__ = ["Alibi", "Bucketed", "Position", "Relative", "Rotary"]
 class Position(nn.Module):
     """How distance enters attention: by turning queries and keys, by a term added to the scores, or both.
 
-    `queries` and `keys` are the indices of q [B, H, N, C, D] and k [B, H, N, W, D] in their window (N windows of C
-    queries and W keys each); only differences of indices matter. Every kind is made from (dim, heads).
+    `queries` and `keys` are the indices of q [B, H, C, D] and k [B, H, W, D] in a window, the same in each row; only
+    differences of indices matter. Every kind is made from (dim, heads).
     """
 
     def turn(self, q: Tensor, k: Tensor, queries: range, keys: range) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ class Position(nn.Module):
         return q, k
 
     def bias(self, q: Tensor, queries: range, keys: range) -> Tensor | None:
-        """What is added to the scaled scores: broadcasts to [B, H, N, C, W]; None for nothing."""
+        """What is added to the scaled scores: broadcasts to [B, H, C, W]; None for nothing."""
         return None
 
     def scalars(self, distances: range, device: torch.device) -> Tensor | None:
@@ -70,13 +70,13 @@ class Relative(Position):
         self._rows: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def turn(self, q: Tensor, k: Tensor, queries: range, keys: range) -> tuple[Tensor, Tensor]:
-        return q + self.u[:, None, None], k
+        return q + self.u[:, None], k
 
     def bias(self, q: Tensor, queries: range, keys: range) -> Tensor | None:
         rows, own = self.rows(distances(queries, keys), q)
-        b, h, n, c, d = q.shape
-        scores = torch.baddbmm(own, q.transpose(0, 1).reshape(h, b * n * c, d), rows)
-        return skewed(scores.view(h, b, n, c, -1), len(queries), len(keys)).transpose(0, 1)
+        b, h, c, d = q.shape
+        scores = torch.baddbmm(own, q.transpose(0, 1).reshape(h, b * c, d), rows)
+        return skewed(scores.view(h, b, c, -1), c, len(keys)).transpose(0, 1)
 
     def rows(self, distances: range, like: Tensor) -> tuple[Tensor, Tensor]:
         """W r(distance) by head [H, D, R] and v . W r(distance) [H, 1, R], scaled; R is len(distances).
@@ -131,7 +131,7 @@ class Scalar(Position):
         table = self.scalars(distances(queries, keys), q.device)
         assert table is not None
         rows = table.to(q.dtype)[:, None].expand(-1, len(queries), -1)
-        return skewed(rows, len(queries), len(keys))[:, None]
+        return skewed(rows, len(queries), len(keys))
 
 
 @constant

@@ -29,7 +29,7 @@ class Reference:
         before = keys - pattern.right - frames - sinks  # the first query has index 0: it starts a chunk
         queries, main = range(frames), range(-before, frames + pattern.right)
         seen = visible(pattern, queries, main, q.device) & valid[:, None, sinks:]
-        logits = scores(q[:, :, None], k[:, :, None, sinks:], position, queries, main)[:, :, 0]
+        logits = scores(q, k[:, :, sinks:], position, queries, main)
         if not sinks:
             return mixed(logits, v, seen[:, None])
         assert isinstance(pattern, Span)
@@ -43,13 +43,12 @@ class Reference:
         self, q: Tensor, k: Tensor, valid: Tensor, pattern: Span, position: Position | None
     ) -> tuple[Tensor, Tensor]:
         """Scores of the first valid frames [B, H, T, S] and, for each query, which of them left its band [B, T, S]."""
-        n, chunk, left = pattern.sinks, pattern.chunk or 1, pattern.left or 0
-        b, h, frames, d = q.shape
+        n, chunk, left, frames = pattern.sinks, pattern.chunk or 1, pattern.left or 0, q.shape[2]
         which = first_valid(valid, n)
         held = gathered(k, which)
-        inside = scores(
-            q.view(b, h, frames // chunk, chunk, d), held[:, :, None].expand(-1, -1, frames // chunk, -1, -1), position,
-            range(chunk), range(-left - n, -left),
-        )  # fmt: skip
+        inside = torch.cat([
+            scores(q[:, :, at : at + chunk], held, position, range(chunk), range(-left - n, -left))
+            for at in range(0, frames, chunk)
+        ], 2)  # fmt: skip
         begin = torch.arange(frames, device=q.device) // chunk * chunk + (k.shape[2] - pattern.right - frames) - left
-        return inside.flatten(2, 3), places(which)[:, None] < begin[:, None]
+        return inside, places(which)[:, None] < begin[:, None]

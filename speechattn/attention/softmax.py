@@ -19,7 +19,7 @@ def shared(k: Tensor, heads: int) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor, position: Position | None, queries: range, keys: range) -> Tensor:
-    """q [B, H, N, C, D], k [B, G, N, W, D] -> scaled scores with their bias [B, H, N, C, W]."""
+    """q [B, H, C, D], k [B, G, W, D] -> scaled scores with their bias [B, H, C, W]."""
     k, scale = shared(k, q.shape[1]), 1 / sqrt(q.shape[-1])
     if position is None:
         return (q * scale) @ k.transpose(-1, -2)
@@ -30,7 +30,7 @@ def scores(q: Tensor, k: Tensor, position: Position | None, queries: range, keys
 
 
 def mixed(logits: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Softmax of [B, H, ..., C, W] over what is `seen` (broadcast), times v [B, G, ..., W, D]; zero if none is."""
+    """Softmax of [B, H, C, W] over what is `seen` (broadcast), times v [B, G, W, D]; zero where none is."""
     weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
     return (weights @ shared(v, logits.shape[1])).masked_fill(~seen.any(-1, keepdim=True), 0.0)
 
@@ -38,25 +38,16 @@ def mixed(logits: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 def fused(
     q: Tensor, k: Tensor, v: Tensor, position: Position | None, queries: range, keys: range, seen: Tensor
 ) -> Tensor:
-    """As `mixed` of `scores`, in one kernel and without keeping the weights: every window [H, C, W] is a row of it.
+    """As `mixed` of `scores`, in one kernel and without keeping the weights.
 
-    A query that sees nothing gets the mean of all values in its window.
+    A query that sees nothing gets the mean of all values in its row.
     """
-    b, h, n, c, d = q.shape
-    k, v = shared(k, h), shared(v, h)
-    bias, turned = None, q
+    k, v, turned, bias = shared(k, q.shape[1]), shared(v, q.shape[1]), q, None
     if position is not None:
         turned, k = position.turn(q, k, queries, keys)
         bias = position.bias(q, queries, keys)
-    lowest = torch.finfo(q.dtype).min
-    mask = torch.where(seen, 0.0 if bias is None else bias, lowest).to(q.dtype)
-    if n == 1:  # a step over one chunk: nothing to move
-        return F.scaled_dot_product_attention(turned[:, :, 0], k[:, :, 0], v[:, :, 0], attn_mask=mask[:, :, 0])[
-            :, :, None
-        ]
-    mask = mask.transpose(1, 2).expand(b, n, -1, -1, -1).reshape(b * n, -1, c, len(keys))
-    turned, k, v = (x.transpose(1, 2).reshape(b * n, h, -1, d) for x in (turned, k, v))
-    return F.scaled_dot_product_attention(turned, k, v, attn_mask=mask).view(b, n, h, c, d).transpose(1, 2)
+    mask = torch.where(seen, q.new_zeros(()) if bias is None else bias, torch.finfo(q.dtype).min)
+    return F.scaled_dot_product_attention(turned, k, v, attn_mask=mask)
 
 
 def first_valid(valid: Tensor, n: int) -> Tensor:

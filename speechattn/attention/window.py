@@ -34,25 +34,26 @@ class Windowed:
         """As `attend`."""
         assert isinstance(pattern, Span)
         sinks, chunk, left = pattern.sinks, pattern.chunk or 1, pattern.left or 0
-        width = left + chunk + pattern.right
+        width, batch, n = left + chunk + pattern.right, len(q), q.shape[2] // chunk
         queries, keys = range(chunk), range(-left - sinks, chunk + pattern.right)
-        seen = visible(pattern, queries, keys[sinks:], q.device)
-        there, k_windows, v_windows = valid[:, None, sinks:], k[:, :, None, sinks:], v[:, :, None, sinks:]
-        if there.shape[2] > width:
-            there = valid[:, sinks:].unfold(1, width, chunk)  # [B, N, W]
-            k_windows, v_windows = (x[:, :, sinks:].unfold(2, width, chunk).transpose(-1, -2) for x in (k, v))
-        seen = seen & there[:, :, None]
+        seen, heads = visible(pattern, queries, keys[sinks:], q.device), (k, v)
+        if n == 1:  # a step of one chunk: nothing to gather
+            seen = seen & valid[:, None, sinks:]
+            k, v = (x[:, :, sinks:] for x in heads)
+        else:
+            q = q.transpose(1, 2).reshape(batch * n, chunk, q.shape[1], -1).transpose(1, 2)
+            seen = (seen & valid[:, sinks:].unfold(1, width, chunk)[:, :, None]).flatten(0, 1)
+            k, v = (
+                x[:, :, sinks:].unfold(2, width, chunk).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in heads
+            )  # [B * N, G, W, D]
         if sinks:
             which = first_valid(valid, sinks)
-            begin = torch.arange(there.shape[1], device=q.device) * chunk + sinks
-            gone = places(which)[:, None] < begin[:, None]  # [B, N, S]
-            k_windows, v_windows = (
-                torch.cat([gathered(x, which)[:, :, None].expand(-1, -1, there.shape[1], -1, -1), windows], 3)
-                for x, windows in ((k, k_windows), (v, v_windows))
-            )
-            seen = torch.cat([gone[:, :, None].expand(-1, -1, chunk, -1), seen], -1)
-        chunks = q.reshape(*q.shape[:2], -1, chunk, q.shape[3])
-        y = fused(chunks, k_windows, v_windows, position, queries, keys, seen[:, None])
-        if sinks or pattern.dilation > 1:
+            begin = torch.arange(n, device=q.device) * chunk + sinks
+            gone = (places(which)[:, None] < begin[:, None]).flatten(0, 1)  # [B * N, S]
+            held = (gathered(x, which).repeat_interleave(n, 0) for x in heads)
+            k, v = (torch.cat(pair, 2) for pair in zip(held, (k, v), strict=True))
+            seen = torch.cat([gone[:, None].expand(-1, chunk, -1), seen], -1)
+        y = fused(q, k, v, position, queries, keys, seen[:, None])
+        if sinks or pattern.dilation > 1:  # in a plain band, who sees nothing has a window of zeros
             y = y.masked_fill(~seen.any(-1, keepdim=True)[:, None], 0.0)
-        return y.flatten(2, 3)  # in a plain band, who sees nothing has a window of zeros
+        return y if n == 1 else y.transpose(1, 2).reshape(batch, n * chunk, y.shape[1], -1).transpose(1, 2)

@@ -42,13 +42,17 @@ class Buffer:
 
     def append(self, values: Tensor, mask: Tensor) -> Buffer:
         """Newer frames [B, T, ...] behind the others."""
-        return Buffer(torch.cat([self.values.to(values.dtype), values], 1), torch.cat([self.mask, mask], 1))
+        return Buffer(extended(self.values.to(values.dtype), values), torch.cat([self.mask, mask], 1))
 
     def last(self, n: int) -> Buffer:
         """The newest `n`, without holding on to the memory of many others."""
         drop = self.values.shape[1] - n
-        values, mask = self.values[:, drop:], self.mask[:, drop:]
-        return Buffer(values.clone() if drop > n else values, mask)
+        values = self.values[:, drop:]
+        if drop > 4 * n:
+            values = values.clone()
+        elif spare := vars(self.values).pop("spare", 0):
+            values.spare = spare  # type: ignore[attr-defined]
+        return Buffer(values, self.mask[:, drop:])
 
     def truncate(self, length: int) -> Buffer:
         """Forget what stands behind the first `length` frames of each row."""
@@ -69,6 +73,28 @@ class Buffer:
             return F.pad(x, [0, 0] * (x.dim() - 2) + [most - x.shape[1], 0])
 
         return [Buffer(grown(buffer.values), grown(buffer.mask)) for buffer in buffers]
+
+
+def extended(old: Tensor, new: Tensor) -> Tensor:
+    """`old` [B, N, ...] and behind it `new` [B, T, ...].
+
+    Where no gradient is asked there is room behind what was made here (`spare` frames of it), so that most steps
+    write what is new and move nothing. The room goes to the first who takes it: a second use of `old` copies.
+    """
+    n, frames = old.shape[1], new.shape[1]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.cat([old, new], 1)
+    spare = vars(old).pop("spare", 0)
+    shape = old.shape[0], n + frames, *old.shape[2:]
+    if spare >= frames and old.is_inference() == torch.is_inference_mode_enabled():
+        both, spare = old.as_strided(shape, old.stride()), spare - frames
+    else:
+        spare = max(n, 4 * frames)
+        both = old.new_empty(shape[0], n + frames + spare, *shape[2:])[:, : n + frames]
+        both[:, :n] = old
+    both[:, n:] = new
+    both.spare = spare  # type: ignore[attr-defined]
+    return both
 
 
 @node

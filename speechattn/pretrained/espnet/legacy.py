@@ -31,13 +31,13 @@ class LegacyRelative(Relative):
         self.longest = longest
 
     def bias(self, q: Tensor, queries: range, keys: range) -> Tensor:
-        """[B, H, 1, T, T]; ValueError unless the window is the utterance."""
-        frames = q.shape[3]
-        if queries != keys or q.shape[2] != 1:
+        """[B, H, T, T]; ValueError unless the window is the utterance."""
+        frames = q.shape[2]
+        if queries != keys:
             raise ValueError(ONLY_WHOLE)
         last = max(self.longest, frames) - 1
         rows, own = self.rows(range(last, last - frames, -1), q)
-        scores = q @ rows[:, None] + own[:, None]
+        scores = q @ rows + own
         return F.pad(scores, [1, 0]).flatten(-2)[..., frames:].reshape(scores.shape)
 
 
