@@ -154,16 +154,19 @@ class SelfAttention(Spanned):
             state = self._state(x, 0, 0)
         q, kv, mask = self._project(x)
         frames, late = mask.shape[1], state.waiting.shape[1]
-        queries = torch.cat([state.waiting.to(q.dtype), q], 1) if late else q
-        past = state.past.append(kv, mask)
-        seen = self._attend(queries[:, :frames], past, past.mask.shape[1] - late + self.span.right, state.sinks)
-        begin = past.mask.shape[1] - late - frames
-        y = Frames.of(seen, past.mask[:, begin : begin + frames] if late else x.mask)
+        past, waiting = state.past.append(kv, mask), state.waiting
+        if late:
+            queries = torch.cat([waiting.to(q.dtype), q], 1)
+            q, waiting = queries[:, :frames], queries[:, frames:]
+            begin = past.mask.shape[1] - late - frames
+            y = Frames.of(self._attend(q, past, state.sinks, late), past.mask[:, begin : begin + frames])
+        else:
+            y = Frames.of(self._attend(q, past, state.sinks, late), x.mask)
         if whole:
             return y[:length], spent
         left = getattr(self.span, "left", None)
         kept = past if left is None else past.last(left + late)
-        return y, AttentionState(queries[:, frames:], kept, self._sunk(past, kept, state.sinks))
+        return y, AttentionState(waiting, kept, self._sunk(past, kept, state.sinks))
 
     def _project(self, x: Frames) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D] -> queries [B, T, D], keys and values [B, T, 2, G, D / H], mask; all by group."""
@@ -175,13 +178,15 @@ class SelfAttention(Spanned):
             kv = kv.view(b, frames // self.group, self.group, 2, -1).transpose(2, 3).flatten(3)
         return q, kv.view(*kv.shape[:3], self.key_heads, -1), x.mask[:, :: self.group]
 
-    def _attend(self, queries: Tensor, past: Buffer, end: int, sinks: Buffer) -> Tensor:
-        """Queries [B, T, D] over the keys before `end` -> [B, T, D], ungrouped and projected."""
-        keys, valid = past.values[:, :end], past.mask[:, :end]
+    def _attend(self, queries: Tensor, past: Buffer, sinks: Buffer, late: int) -> Tensor:
+        """Queries [B, T, D] that are `late` frames behind the newest keys -> [B, T, D], ungrouped and projected."""
+        keys, valid = past.values, past.mask
+        if end := self.span.right - late:  # the last query does not see farther
+            keys, valid = keys[:, :end], valid[:, :end]
         if sinks.mask.shape[1]:
             keys, valid = torch.cat([sinks.values, keys], 1), torch.cat([sinks.mask, valid], 1)
         q = queries.reshape(*queries.shape[:2], self.heads, -1).transpose(1, 2)
-        k, v = (keys[:, :, i].transpose(1, 2) for i in (0, 1))
+        k, v = keys.permute(2, 0, 3, 1, 4).unbind()
         backend = choose(q, self.span, self.position, self.backend)
         y = backend(q, k, v, pattern=self.span, valid=valid, position=self.position)
         out: Tensor = self.out(y.transpose(1, 2).reshape(y.shape[0], -1, self.dim))

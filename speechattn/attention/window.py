@@ -38,8 +38,8 @@ class Windowed:
         queries, keys = range(chunk), range(-left - sinks, chunk + pattern.right)
         seen, heads = visible(pattern, queries, keys[sinks:], q.device), (k, v)
         if n == 1:  # a step of one chunk: nothing to gather
-            seen = seen & valid[:, None, sinks:]
-            k, v = (x[:, :, sinks:] for x in heads)
+            seen = seen & (valid[:, sinks:] if sinks else valid)[:, None]
+            k, v = (x[:, :, sinks:] for x in heads) if sinks else heads
         else:
             q = q.transpose(1, 2).reshape(batch * n, chunk, q.shape[1], -1).transpose(1, 2)
             seen = (seen & valid[:, sinks:].unfold(1, width, chunk)[:, :, None]).flatten(0, 1)
