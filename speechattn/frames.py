@@ -33,6 +33,11 @@ class Frames:
         return cls(torch.where(wide, values, 0), mask)
 
     @classmethod
+    def finite(cls, values: Tensor, mask: Tensor) -> Frames:
+        """As `of`, for values that are finite everywhere: by multiplication, which is several times faster."""
+        return cls(values * mask.view(*mask.shape, *[1] * (values.dim() - 2)), mask)
+
+    @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> Frames:
         """Rows of `values` [B, T, ...] whose first `lengths` [B] frames are valid."""
         return cls.of(values, torch.arange(values.shape[1], device=values.device) < lengths[:, None])

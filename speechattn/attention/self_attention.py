@@ -159,9 +159,9 @@ class SelfAttention(Spanned):
             queries = torch.cat([waiting.to(q.dtype), q], 1)
             q, waiting = queries[:, :frames], queries[:, frames:]
             begin = past.mask.shape[1] - late - frames
-            y = Frames.of(self._attend(q, past, state.sinks, late), past.mask[:, begin : begin + frames])
+            y = Frames.finite(self._attend(q, past, state.sinks, late), past.mask[:, begin : begin + frames])
         else:
-            y = Frames.of(self._attend(q, past, state.sinks, late), x.mask)
+            y = Frames.finite(self._attend(q, past, state.sinks, late), x.mask)
         if whole:
             return y[:length], spent
         left = getattr(self.span, "left", None)

@@ -28,6 +28,8 @@ class Depthwise(Sliding):
         super().__init__(kernel, stride, right=right)
         self.conv = nn.Conv1d(dim, dim, kernel, stride, groups=dim)
 
+    masked = staticmethod(Frames.finite)
+
     def windows(self, x: Tensor) -> Tensor:
         return filtered(x, self.conv)
 
@@ -62,7 +64,7 @@ class ChunkDepthwise(Spanned):
         z = state.append(x.values, x.mask)
         windows = F.pad(z.values.unfold(1, side + chunk, chunk).transpose(2, 3), [0, 0, 0, side])  # [B, N, W, D]
         y = filtered(windows.flatten(0, 1), self.conv).reshape(x.values.shape)
-        return Frames.of(y, x.mask), z.last(side)
+        return Frames.finite(y, x.mask), z.last(side)
 
 
 def filtered(x: Tensor, conv: nn.Conv1d) -> Tensor:

@@ -15,14 +15,14 @@ __all__ = ["Delay", "Pointwise", "Sliding", "delayed"]
 
 
 class Pointwise(Stream):
-    """Any function of one frame: `f` maps [B, T, D] to [B, T, D'] and treats every frame alike."""
+    """Any function of one frame: `f` maps [B, T, D] to [B, T, D'] and treats every frame alike; f(0) is finite."""
 
     def __init__(self, *f: nn.Module) -> None:
         super().__init__()
         self.f = f[0] if len(f) == 1 else nn.Sequential(*f)
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
-        return Frames.of(self.f(x.values), x.mask), state
+        return Frames.finite(self.f(x.values), x.mask), state
 
 
 class Delay(Stream):
@@ -64,6 +64,8 @@ class Sliding(Stream):
         self.block, self.ratio, self.left = stride, Fraction(1, stride), kernel - 1 - right
         self.latency = ceil(max(0, right - (stride - 1)) / stride) * stride  # the phase stays
 
+    masked = staticmethod(Frames.of)
+
     def windows(self, x: Tensor) -> Tensor:
         """Inputs [B, T, ...] -> an output for every window that lies inside, [B, (T - kernel) // stride + 1, ...]."""
         raise NotImplementedError
@@ -82,4 +84,4 @@ class Sliding(Stream):
             y = self.windows(z.values[:, : frames - stride + self.kernel])
         else:
             y = self.windows(z.values.new_zeros(z.values.shape[0], self.kernel, *z.values.shape[2:]))[:, :0]
-        return Frames.of(y, mask), z.last(state.mask.shape[1])
+        return self.masked(y, mask), z.last(state.mask.shape[1])
