@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench-live clean
+.PHONY: demo test test-all check bench-live bench-encoder clean
 
 demo: .venv/demo
 	$(BIN)/speechattn demo $(FILE) $(ARGS)
@@ -20,6 +20,9 @@ check: .venv/dev
 
 bench-live: .venv/demo
 	$(BIN)/python benchmarks/live.py $(ARGS)
+
+bench-encoder: .venv/dev
+	$(BIN)/python benchmarks/encoder.py $(ARGS)
 
 # --without-pip and pip's --python: works where Debian's python3-venv is not installed.
 .venv/bin/pip:

@@ -192,9 +192,10 @@ def batches(report: Report, repeats: int) -> None:
             for batch in (1, 4, 16, 64):
                 live = Live(encoder, batch, dtype)
                 live()
-                found = alternate({"step": live, "alone": multiplications(live)}, max(5, repeats // (1 + batch // 4)))
+                turns = max(5, repeats // (1 + batch // 4))
+                found = alternate({"step": live, "alone": multiplications(live)}, turns)
                 report.row(f"{name}_{short}_streams_per_core_{batch}", 1e3 * CHUNK_S * batch / found["step"], "",
-                           f"640 ms of sound / step time per stream; a step of {batch} takes {found['step']:.1f} ms")  # fmt: skip
+                           f"640 ms / step time per stream; a step of {batch}: {found['step']:.1f} ms")  # fmt: skip
                 if batch == 16:
                     report.row(f"{name}_{short}_over_matmuls_16", found["step"] / found["alone"], "x",
                                f"a step of 16 streams over its multiplications alone ({found['alone']:.1f} ms)",
@@ -222,13 +223,12 @@ def hour(report: Report, minutes: int) -> None:
     """A stream that runs for an hour: time and state at its begin and at its end."""
     for name, encoder in (("transformer", transformer()), ("conformer", conformer(frames=True))):
         live, taken = Live(encoder), list[float]()
-        size = lambda: sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(live.state))  # noqa: B023, E731
         sizes = []
         for _ in range(int(minutes * 60 / CHUNK_S)):
             began = time.perf_counter()
             live()
             taken.append(time.perf_counter() - began)
-            sizes.append(size())
+            sizes.append(held(live.state))
         per, at = int(60 / CHUNK_S), int(120 / CHUNK_S)
         early, late = 1e3 * median(taken[at - per // 2 : at + per // 2]), 1e3 * median(taken[-per:])
         last = f"minute_{minutes}"
@@ -239,6 +239,12 @@ def hour(report: Report, minutes: int) -> None:
         )
         report.row(f"{name}_state_minute_2", sizes[at] / 1e6, "MB", "")
         report.row(f"{name}_state_{last}", sizes[-1] / 1e6, "MB", "", "equal", lambda v: v == sizes[at] / 1e6)  # noqa: B023
+
+
+def held(state: object) -> int:
+    """Bytes of memory that a state keeps, spare room included."""
+    return sum({leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
+                for leaf in tree.leaves(state)}.values())  # fmt: skip
 
 
 def whole(minutes: int) -> tuple[float, float]:
@@ -258,12 +264,12 @@ def long(report: Report, minutes: tuple[int, ...]) -> None:
     for length in minutes:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found[length] = pool.apply(whole, (length,))
-        report.row(f"forward_{length}_min", found[length][0], "s", f"Conformer, log-mel in; peak {found[length][1]:.0f} MB "
-                   "of the whole process")  # fmt: skip
+        note = f"Conformer over log-mel; {found[length][1]:.0f} MB"
+        report.row(f"forward_{length}_min", found[length][0], "s", note)
     first, last = minutes[0], minutes[-1]
     growth = found[last][0] / found[first][0] / (last / first)
-    report.row("forward_linear", growth, "x", f"seconds per minute at {last} over those at {first} min", "linear (<= 1.1)",
-               lambda v: v <= 1.1)  # fmt: skip
+    report.row("forward_linear", growth, "x", f"seconds per minute at {last} over those at {first} min",
+               "linear (<= 1.1)", lambda v: v <= 1.1)  # fmt: skip
     report.row(f"forward_{last}_min_memory", found[last][1] / 1000, "GB", "peak of the process, torch included",
                "under 2 GB", lambda v: v < 2)  # fmt: skip
 

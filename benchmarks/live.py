@@ -11,7 +11,6 @@ offline alignment with another recogniser (`benchmarks/align_fotaq.py`), computi
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from report import Report
 
 from speechattn import AlignAtt, Event, LocalAgreement, Session, load_model
 from speechattn.audio.hearing import hear
@@ -134,17 +134,6 @@ def soak(streams: list[Stream], minutes: float) -> dict[str, list[float]]:
     return {"minutes": marks, "megabytes": memory, "step_ms": steps}
 
 
-def report(rows: list[dict[str, object]]) -> None:
-    """A table for people, then one line of JSON."""
-    width = max(len(str(row["name"])) for row in rows)
-    for row in rows:
-        mark = {True: "ok", False: "MISSED", None: ""}[row["ok"]]  # type: ignore[index]
-        print(
-            f"{row['name']:<{width}}  {row['value']:>9.4g} {row['unit']:<6} {row['goal']:<22} {mark:<7} {row['note']}"
-        )
-    print(json.dumps(rows))
-
-
 def main() -> None:
     """Run everything; `--quick` takes one stream and two minutes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,15 +163,8 @@ def figures(streams: list[Stream], minutes: float) -> None:
     live = listen(model, align, streams)
     short = [join(streams[0].name, streams[0].lines[: 8 if minutes < 1 else 40])]
     slow, fast = listen(padded, align, short), listen(model, align, short)
-    rows: list[dict[str, object]] = []
-
-    def row(
-        name: str, value: float, unit: str, note: str, goal: str = "", ok: Callable[[float], bool] | None = None
-    ) -> None:
-        rows.append(
-            {"name": name, "value": value, "unit": unit, "goal": goal, "ok": ok(value) if ok else None, "note": note}
-        )
-
+    report = Report()
+    row = report.row
     where = f"{len(streams)} streams, {sum(s.duration_s for s in streams) / 60:.1f} min"
     row("offline_wer", 100 * clips.rate, "%", str(clips))
     for name, run in (("alignatt", live), ("local_agreement", agreement)):
@@ -203,7 +185,7 @@ def figures(streams: list[Stream], minutes: float) -> None:
         "flat: at most 1.1",
         lambda v: v <= 1.1,
     )
-    report(rows)
+    report.print()
 
 
 def measure(

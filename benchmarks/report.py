@@ -27,7 +27,6 @@ class Report:
         width = max(len(str(row["name"])) for row in self.rows)
         for row in self.rows:
             mark = {True: "ok", False: "MISSED", None: ""}[row["ok"]]  # type: ignore[index]
-            print(
-                f"{row['name']:<{width}}  {row['value']:>9.4g} {row['unit']:<6} {row['goal']:<22} {mark:<7} {row['note']}"
-            )
+            figure = f"{row['value']:>9.4g} {row['unit']:<6} {row['goal']:<22}"
+            print(f"{row['name']:<{width}}  {figure} {mark:<7} {row['note']}")
         print(json.dumps(self.rows))

@@ -42,9 +42,22 @@ def run(options: argparse.Namespace) -> int:
         place = local(name)
         if place:
             print(f"{'model':<12} {name}: {place}")
-    for line in (attempt(microphones), "attention    reference (plain torch); no other backend in this version"):
-        print(line)
+    for name, found in backends():
+        print(f"{'attention':<12} {name}: {found}")
+    print(attempt(microphones))
     return 0
+
+
+def backends() -> Iterator[tuple[str, str]]:
+    """Each attention backend, and whether it can compute chunks here or why not."""
+    import torch
+
+    from speechattn.attention import BACKENDS, Span
+
+    q = torch.zeros(1, 1, 16, 64, device="cuda" if torch.cuda.is_available() else "cpu")
+    for name, backend in BACKENDS.items():
+        reason = backend.supports(q, Span(64, 16), None)
+        yield name, "yes" if reason is None else f"no: {reason}"
 
 
 def devices() -> Iterator[tuple[str, str]]:
