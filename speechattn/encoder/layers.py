@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,10 +92,14 @@ class Conv2d(Sliding):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, *, right: int, whole: bool = False) -> None:
         super().__init__(kernel, stride, right=right, whole=whole)
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride).to(memory_format=torch.channels_last)
+
+    masked = staticmethod(Frames.finite)
 
     def windows(self, x: Tensor) -> Tensor:
-        x = x[..., None] if x.dim() == 3 else x
+        if x.dim() == 3:  # one channel: a multiplication, whose result has its channels last as the next one wants them
+            x = x.unfold(1, self.kernel, self.block or 1).unfold(2, self.kernel, self.block or 1)
+            return F.linear(x.flatten(3), self.conv.weight.flatten(1), self.conv.bias)
         y: Tensor = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return y
 
@@ -140,7 +145,8 @@ class Subsample(Serial):
         inputs, bins = 1, mels
         for kernel, stride in convolutions or SUBSAMPLING[factor]:
             right = kernel - 1 if whole else kernel // 2
-            members += [Conv2d(inputs, channels, kernel, stride, right=right, whole=whole), Pointwise(nn.ReLU())]
+            conv = Conv2d(inputs, channels, kernel, stride, right=right, whole=whole)
+            members += [conv, Pointwise(nn.ReLU(inplace=True))]
             inputs, bins = channels, (bins - kernel) // stride + 1
         super().__init__(*members, Pointwise(nn.Flatten(2), nn.Linear(channels * bins, dim)))
 

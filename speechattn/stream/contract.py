@@ -16,7 +16,7 @@ from speechattn.tree import node
 
 __all__ = ["Buffer", "Plan", "Planned", "Spent", "Stream", "flush", "seconds"]
 
-PIECE = 1 << 14  # input frames that `forward` reads at once when no gradient is asked
+PIECE = 1 << 12  # input frames that `forward` reads at once when no gradient is asked
 
 
 @node
@@ -82,7 +82,7 @@ def extended(old: Tensor, new: Tensor) -> Tensor:
     write what is new and move nothing. The room goes to the first who takes it: a second use of `old` copies.
     """
     n, frames = old.shape[1], new.shape[1]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if n <= frames or torch.is_grad_enabled() or torch.compiler.is_compiling():  # little to move, or nothing to spare
         return torch.cat([old, new], 1)
     spare = vars(old).pop("spare", 0)
     shape = old.shape[0], n + frames, *old.shape[2:]
