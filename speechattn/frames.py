@@ -35,7 +35,8 @@ class Frames:
     @classmethod
     def finite(cls, values: Tensor, mask: Tensor) -> Frames:
         """As `of`, for values that are finite everywhere: by multiplication, which is several times faster."""
-        return cls(values * mask.view(*mask.shape, *[1] * (values.dim() - 2)), mask)
+        wide = mask[..., None] if values.dim() == 3 else mask.view(*mask.shape, *[1] * (values.dim() - 2))
+        return cls(values * wide, mask)
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> Frames:

@@ -56,14 +56,10 @@ def map(f: Callable[..., Tensor], *trees: Any) -> Any:
 
 def leaves(tree: Any) -> list[Tensor]:
     """Every tensor, in order."""
-    found: list[Tensor] = []
-
-    def collect(leaf: Tensor) -> Tensor:
-        found.append(leaf)
-        return leaf
-
-    map(collect, tree)
-    return found
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree if isinstance(tree, tuple) else [getattr(tree, field.name) for field in fields(tree)]
+    return [leaf for part in parts for leaf in leaves(part)]
 
 
 def where(keep: Tensor, new: Any, old: Any) -> Any:

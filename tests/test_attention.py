@@ -245,6 +245,20 @@ def test_a_table_is_made_once_and_can_meet_a_gradient() -> None:
     torch.testing.assert_close(changed, oracle(layer, x).values, rtol=0, atol=1e-9)
 
 
+def test_a_teacher_that_is_averaged_through_data_is_never_stale() -> None:
+    layer = SelfAttention(8, 2, Span(2, 2), position=Relative(8, 2)).eval()
+    x = random_frames([9], 8)
+    with torch.no_grad():
+        layer(x)
+        for parameter in layer.parameters():
+            parameter.data.mul_(0.9).add_(torch.randn_like(parameter), alpha=0.1)
+        torch.testing.assert_close(layer(x).values, oracle(layer, x).values, rtol=0, atol=1e-9)
+        position = layer.position
+        assert isinstance(position, Relative)
+        position.linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+        torch.testing.assert_close(layer(x).values, oracle(layer, x).values, rtol=0, atol=1e-9)
+
+
 def test_half_precision_is_near_and_finite() -> None:
     layer = SelfAttention(8, 2, Span(5, 4, 1), position=Relative(8, 2)).eval()
     x = random_frames([17, 9], 8)

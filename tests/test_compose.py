@@ -30,6 +30,7 @@ from speechattn.stream import (
     Parallel,
     Pointwise,
     Serial,
+    Stream,
     flush,
     packed,
     seconds,
@@ -100,6 +101,8 @@ def test_a_span_is_set_everywhere_at_the_rate_of_each_layer() -> None:
     assert spans == [Span(2, 4), Span(2, 4), Span(3, 6)]  # two frames each, in groups of three; then whole frames
     with pytest.raises(ValueError, match="divide by the group of 3"):
         set_span(encoder, Span(3, 2))
+    with pytest.raises(ValueError, match="cannot look ahead"):
+        set_span(encoder, Span(6, 3, 3))
     assert [m.span for m in encoder.modules() if isinstance(m, SelfAttention)] == spans  # all or none
     chunked = Conformer(D, D, 2, 2, 12, span=Span(6, 3), kernel=5, conv_right=None)
     set_span(chunked, Span(4, 5))
@@ -194,6 +197,12 @@ def test_a_state_that_is_used_twice_spoils_neither() -> None:
             torch.testing.assert_close(y.values, encoder(x).values[:, 8:12], rtol=0, atol=1e-12)
 
 
+def memory(state: object) -> int:
+    """Bytes that a state keeps alive."""
+    stores = [leaf.untyped_storage() for leaf in tree.leaves(state)]
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
+
+
 def test_memory_of_a_running_state_is_bounded() -> None:
     encoder = lively(Conformer(D, D, 2, 2, 12, span=Span(5, 2), kernel=5))
     x, held = random_frames([16], D), list[int]()
@@ -201,9 +210,10 @@ def test_memory_of_a_running_state_is_bounded() -> None:
         state = encoder.init_state(x)
         for _ in range(40):
             _, state = encoder.step(x, state)
-            held.append(sum({leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
-                             for leaf in tree.leaves(state)}.values()))  # fmt: skip
+            held.append(memory(state))
+        _, after = encoder.step(random_frames([1600], D), state)
     assert max(held[20:]) == max(held[:20])
+    assert memory(after) < 4 * max(held)  # what a long step read is not kept
     y, _ = encoder.step(x, state)  # a state of inference mode goes on outside of it
     assert y.values.isfinite().all()
 
@@ -215,3 +225,43 @@ def test_mutants_are_noticed() -> None:
     lines = found.stdout.splitlines()
     assert len(lines) >= 15, found.stderr
     assert [line.split("  ")[0] for line in lines] == ["ALIVE", *["noticed"] * (len(lines) - 1)], found.stdout
+
+
+def test_a_batch_of_none_and_a_step_of_nothing() -> None:
+    encoder = lively(Conformer(D, D, 1, 2, 12, span=Span(5, 2), kernel=5))
+    nobody = Frames(torch.zeros(0, 40, D), torch.zeros(0, 40, dtype=torch.bool))
+    assert encoder(nobody).values.shape == (0, 10, D)
+    x = random_frames([32], D)
+    y, state = encoder.step(x[:16], encoder.init_state(x))
+    with torch.no_grad():
+        encoder.step(x[:0], state)
+    z, _ = encoder.step(x[16:], state)
+    (y.values.sum() + z.values.sum()).backward()  # the step of nothing left the graph alone
+
+
+def test_streams_of_different_validity_side_by_side_are_zero_where_one_is_not() -> None:
+    pair = Parallel(layers.Depthwise(D, 3), layers.Stack(3, 1, right=2))
+    pair.second.whole = True  # type: ignore[assignment]
+    check_stream(lively(Serial(pair, layers.Depthwise(4 * D, 3, right=1))), random_frames([20, 9], D))
+    assert not packed(layers.Depthwise(D, 3), [random_frames([0], D), random_frames([5], D)])[0].mask.numel()
+
+
+def test_a_step_compiles_without_a_break() -> None:
+    stream = lively(Serial(layers.Depthwise(D, 3), attention(Span(2, 4))))
+    x = random_frames([8], D)
+    with torch.no_grad():
+        program = torch.export.export(Whole(stream), (x[:4], stream.init_state(x)), strict=True)
+        y, _ = program.module()(x[:4], stream.init_state(x))
+        expected, _ = stream.step(x[:4], stream.init_state(x))
+    torch.testing.assert_close(y.values, expected.values, rtol=0, atol=1e-12)
+
+
+class Whole(nn.Module):
+    """`step` as a module."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def forward(self, x: Frames, state: object) -> object:
+        return self.stream.step(x, state)

@@ -105,7 +105,7 @@ class Span:
         return seen
 
     def scaled(self, rate: int) -> Span:
-        """The same stretch of time in frames that are `rate` times as short."""
+        """The same stretch of time in frames that are `rate` times as short; dilation and sinks count frames."""
         left, chunk = (None if n is None else n * rate for n in (self.left, self.chunk))
         return replace(self, left=left, chunk=chunk, right=self.right * rate)
 
@@ -152,7 +152,7 @@ def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
                 found = make(*args)
-            if found.numel() <= SMALL:
+            if found.numel() <= SMALL and type(found) is Tensor:
                 while len(remembered) >= 64:
                     remembered.pop(next(iter(remembered)), None)
                 remembered[args] = found

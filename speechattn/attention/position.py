@@ -67,7 +67,7 @@ class Relative(Position):
         self.dim, self.heads = dim, heads
         self.linear = nn.Linear(dim, dim, bias=False)
         self.u, self.v = nn.Parameter(torch.zeros(heads, dim // heads)), nn.Parameter(torch.zeros(heads, dim // heads))
-        self._rows: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self._rows: tuple[Any, Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
 
     def turn(self, q: Tensor, k: Tensor, queries: range, keys: range) -> tuple[Tensor, Tensor]:
         return q + self.u[:, None], k
@@ -76,23 +76,34 @@ class Relative(Position):
         rows, own = self.rows(distances(queries, keys), q)
         b, h, c, d = q.shape
         scores = torch.baddbmm(own, q.transpose(0, 1).reshape(h, b * c, d), rows)
-        return skewed(scores.view(h, b, c, -1), c, len(keys)).transpose(0, 1)
+        return skewed(scores.view(h, b, c, scores.shape[2]), c, len(keys)).transpose(0, 1)
 
     def rows(self, distances: range, like: Tensor) -> tuple[Tensor, Tensor]:
         """W r(distance) by head [H, D, R] and v . W r(distance) [H, 1, R], scaled; R is len(distances).
 
-        Kept while the weights stay and no gradient is asked.
+        Kept while the weights stay and no gradient is asked. A change that leaves no trace in their version (through
+        `.data`, as averaged teachers are updated) is noticed by a sample of them.
         """
-        weights = (self.linear.weight, self.v)
-        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.v.is_inference())
-        key = (distances, like.dtype, like.device, *((w.data_ptr(), w._version) for w in weights)) if keep else None
-        if key is not None and self._rows is not None and self._rows[0] == key:
-            return self._rows[1]
+        weight, kept = self.linear.weight, self._rows
+        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._plain()
+        key, sample = None, None
+        if keep:
+            key = (distances, like.dtype, like.device, weight._version, self.v._version, id(weight), id(self.v))
+            sample = weight.detach().view(-1)[:: self.dim + 1]
+            if kept is not None and kept[0] == key and torch.equal(kept[1], sample) and torch.equal(kept[2], self.v):
+                return kept[3]
         table = self.linear(sinusoids(distances, self.dim, like.dtype, like.device)) / sqrt(self.dim // self.heads)
-        rows = table.view(len(distances), self.heads, -1).permute(1, 2, 0).contiguous()
+        rows = table.view(len(distances), self.heads, self.dim // self.heads).permute(1, 2, 0).contiguous()
         found = rows, self.v[:, None] @ rows
-        self._rows = None if key is None else (key, found)
+        self._rows = (key, sample.clone(), self.v.detach().clone(), found) if sample is not None else None
         return found
+
+    def _plain(self) -> bool:
+        """Nothing but the weights decides about the table: no adapter, hook, quantisation or function transform."""
+        linear = self.linear
+        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+            return False
+        return all(type(w) is nn.Parameter and not w.is_inference() for w in (linear.weight, self.v))
 
 
 @constant

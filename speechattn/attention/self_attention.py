@@ -113,11 +113,12 @@ class SelfAttention(Spanned):
         span = super().scaled(span)
         if self.group == 1:
             return span
-        numbers = [getattr(span, name, None) for name in ("left", "chunk", "right")]
-        if not isinstance(span, Span) or any(number and number % self.group for number in numbers):
+        if not isinstance(span, Span) or span.right:
+            raise ValueError(f"{span}: grouped frames cannot look ahead; use a larger chunk")
+        if any(number and number % self.group for number in (span.left, span.chunk)):
             raise ValueError(f"{span} at this layer's rate: its frames must divide by the group of {self.group}")
-        left, chunk, right = (number // self.group if number else number for number in numbers)
-        return Span(left, chunk, right or 0, span.dilation, span.sinks)
+        left, chunk = (number // self.group if number else number for number in (span.left, span.chunk))
+        return Span(left, chunk, 0, span.dilation, span.sinks)
 
     def plan(self) -> Plan:
         span = self.span
@@ -172,11 +173,13 @@ class SelfAttention(Spanned):
         """x [B, T, D] -> queries [B, T, D], keys and values [B, T, 2, G, D / H], mask; all by group."""
         b, frames = x.mask.shape
         y = self.qkv(x.values if self.norm is None else self.norm(x.values))
-        q, kv = y[..., : self.dim], y[..., self.dim :].view(b, frames, 2, -1)
-        if self.group > 1:
-            q = q.reshape(b, frames // self.group, -1)
-            kv = kv.view(b, frames // self.group, self.group, 2, -1).transpose(2, 3).flatten(3)
-        return q, kv.view(*kv.shape[:3], self.key_heads, -1), x.mask[:, :: self.group]
+        q, kv, mask, group = y[..., : self.dim], y[..., self.dim :], x.mask[:, :: self.group], self.group
+        shared, width = self.dim * self.key_heads // self.heads, self.dim * group // self.heads
+        kv = kv.view(b, frames, 2, shared)
+        if group > 1:
+            q = q.reshape(b, frames // group, self.dim * group)
+            kv = kv.view(b, frames // group, group, 2, shared).transpose(2, 3) * mask[..., None, None, None]
+        return q, kv.reshape(b, frames // group, 2, self.key_heads, width), mask
 
     def _attend(self, queries: Tensor, past: Buffer, sinks: Buffer, late: int) -> Tensor:
         """Queries [B, T, D] that are `late` frames behind the newest keys -> [B, T, D], ungrouped and projected."""
@@ -185,11 +188,12 @@ class SelfAttention(Spanned):
             keys, valid = keys[:, :end], valid[:, :end]
         if sinks.mask.shape[1]:
             keys, valid = torch.cat([sinks.values, keys], 1), torch.cat([sinks.mask, valid], 1)
-        q = queries.reshape(*queries.shape[:2], self.heads, -1).transpose(1, 2)
+        b, frames, width = queries.shape
+        q = queries.reshape(b, frames, self.heads, width // self.heads).transpose(1, 2)
         k, v = keys.permute(2, 0, 3, 1, 4).unbind()
         backend = choose(q, self.span, self.position, self.backend)
         y = backend(q, k, v, pattern=self.span, valid=valid, position=self.position)
-        out: Tensor = self.out(y.transpose(1, 2).reshape(y.shape[0], -1, self.dim))
+        out: Tensor = self.out(y.transpose(1, 2).reshape(b, frames * self.group, self.dim))
         return F.dropout(out, self.dropout) if self.training else out
 
     def _sunk(self, past: Buffer, kept: Buffer, sinks: Buffer) -> Buffer:

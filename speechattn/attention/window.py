@@ -41,7 +41,7 @@ class Windowed:
             seen = seen & (valid[:, sinks:] if sinks else valid)[:, None]
             k, v = (x[:, :, sinks:] for x in heads) if sinks else heads
         else:
-            q = q.transpose(1, 2).reshape(batch * n, chunk, q.shape[1], -1).transpose(1, 2)
+            q = q.transpose(1, 2).reshape(batch * n, chunk, q.shape[1], q.shape[3]).transpose(1, 2)
             seen = (seen & valid[:, sinks:].unfold(1, width, chunk)[:, :, None]).flatten(0, 1)
             k, v = (
                 x[:, :, sinks:].unfold(2, width, chunk).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in heads
@@ -56,4 +56,4 @@ class Windowed:
         y = fused(q, k, v, position, queries, keys, seen[:, None])
         if sinks or pattern.dilation > 1:  # in a plain band, who sees nothing has a window of zeros
             y = y.masked_fill(~seen.any(-1, keepdim=True)[:, None], 0.0)
-        return y if n == 1 else y.transpose(1, 2).reshape(batch, n * chunk, y.shape[1], -1).transpose(1, 2)
+        return y if n == 1 else y.transpose(1, 2).reshape(batch, n * chunk, y.shape[1], y.shape[3]).transpose(1, 2)

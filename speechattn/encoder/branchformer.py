@@ -12,6 +12,7 @@ from speechattn.encoder.base import Encoder, PositionMaker, made
 from speechattn.encoder.layers import Half, Subsample, feed_forward, filters, self_attention
 from speechattn.frames import Frames
 from speechattn.stream import Parallel, Pointwise, Residual, Serial, Stream
+from speechattn.stream.parallel import both
 
 __all__ = ["EBranchformer", "EBranchformerBlock", "Gate"]
 
@@ -24,7 +25,7 @@ class Gate(Parallel):
         super().__init__(Pointwise(Half(0)), second)
 
     def combine(self, first: Frames, second: Frames) -> Frames:
-        return Frames(first.values * second.values, first.mask)
+        return both(first.values * second.values, first, second)
 
 
 class EBranchformerBlock(Serial):

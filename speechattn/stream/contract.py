@@ -48,6 +48,8 @@ class Buffer:
         """The newest `n`, without holding on to the memory of many others."""
         drop = self.values.shape[1] - n
         values = self.values[:, drop:]
+        if torch.compiler.is_compiling():
+            return Buffer(values, self.mask[:, drop:])
         if drop > 4 * n:
             values = values.clone()
         elif spare := vars(self.values).pop("spare", 0):
@@ -67,7 +69,10 @@ class Buffer:
     @staticmethod
     def align(buffers: Sequence[Buffer]) -> list[Buffer]:
         """The same frames in buffers of one capacity."""
-        most = max(buffer.values.shape[1] for buffer in buffers)
+        sizes = {buffer.values.shape[1] for buffer in buffers}
+        if len(sizes) == 1:
+            return list(buffers)
+        most = max(sizes)
 
         def grown(x: Tensor) -> Tensor:
             return F.pad(x, [0, 0] * (x.dim() - 2) + [most - x.shape[1], 0])
@@ -82,6 +87,8 @@ def extended(old: Tensor, new: Tensor) -> Tensor:
     write what is new and move nothing. The room goes to the first who takes it: a second use of `old` copies.
     """
     n, frames = old.shape[1], new.shape[1]
+    if not frames:
+        return old
     if n <= frames or torch.is_grad_enabled() or torch.compiler.is_compiling():  # little to move, or nothing to spare
         return torch.cat([old, new], 1)
     spare = vars(old).pop("spare", 0)

@@ -31,12 +31,13 @@ def packed(stream: Stream, utterances: Sequence[Frames], *, rows: int = 16, piec
         return []
     piece = ceil((piece or 64) / plan.block) * plan.block
     inputs = [flush(x, stream) for x in utterances]
-    inputs = [x.pad(-x.mask.shape[1] % piece) for x in inputs]
+    inputs = [x.pad(max(piece, ceil(x.mask.shape[1] / piece) * piece) - x.mask.shape[1]) for x in inputs]
     waiting = sorted(range(len(inputs)), key=lambda i: inputs[i].mask.shape[1])  # the longest begin
     slots = [waiting.pop() for _ in range(min(rows, len(inputs)))]
     at = dict.fromkeys(range(len(inputs)), 0)
     parts: list[list[Frames]] = [[] for _ in inputs]
-    state = fresh = stream.init_state(stacked([inputs[i][:0] for i in slots]))
+    fresh = stream.init_state(stacked([inputs[i][:0] for i in slots]))
+    state = tree.clone(fresh)
     while slots:
         y, state = stream.step(stacked([inputs[i][at[i] : at[i] + piece] for i in slots]), state)
         for row, i in enumerate(slots):

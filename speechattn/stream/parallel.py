@@ -7,7 +7,7 @@ from math import ceil, lcm
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from speechattn.frames import Frames
 from speechattn.stream.contract import Buffer, Plan, Planned, Spent, Stream
@@ -15,7 +15,7 @@ from speechattn.stream.serial import common
 from speechattn.stream.simple import Delay, delayed
 from speechattn.tree import node
 
-__all__ = ["Join", "Pair", "Parallel", "Residual"]
+__all__ = ["Join", "Pair", "Parallel", "Residual", "both"]
 
 
 class Parallel(Planned):
@@ -45,7 +45,7 @@ class Parallel(Planned):
 
     def combine(self, first: Frames, second: Frames) -> Frames:
         """Outputs [B, T, D] and [B, T, D'] -> [B, T, D + D']."""
-        return Frames(torch.cat([first.values, second.values], -1), first.mask & second.mask)
+        return both(torch.cat([first.values, second.values], -1), first, second)
 
     def init_state(self, x: Frames) -> Any:
         if self.block is None:
@@ -70,6 +70,13 @@ class Parallel(Planned):
         return self.combine(y, z), ((a, a_late), (b, b_late))
 
 
+def both(values: Tensor, first: Frames, second: Frames) -> Frames:
+    """`values` made of two sides, valid where both are."""
+    if first.mask is second.mask:
+        return Frames(values, first.mask)
+    return Frames.finite(values, first.mask & second.mask)
+
+
 class Residual(Parallel):
     """`x + scale * body(x)`, the input delayed as much as the body; `skip` stands in where the body changes shape."""
 
@@ -78,8 +85,7 @@ class Residual(Parallel):
         self.scale = scale
 
     def combine(self, first: Frames, second: Frames) -> Frames:
-        values = torch.add(second.values, first.values, alpha=self.scale)
-        return Frames(values, second.mask)
+        return both(torch.add(second.values, first.values, alpha=self.scale), first, second)
 
 
 @node

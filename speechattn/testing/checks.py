@@ -68,6 +68,7 @@ def check_stream(
     y = stream(x)
     expected = (reference or oracle)(stream, x)
     same(y, expected, "forward differs from the reference", tolerance)
+    assert not y.values[~y.mask].any(), "values are not zero where the mask says that nothing is"
     alone(stream, x, y, tolerance)
     short(stream, x, reference or oracle, tolerance)
     if stream.plan().block is None:

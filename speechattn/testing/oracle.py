@@ -43,13 +43,14 @@ def _(stream: Serial, x: Frames) -> Frames:
 
 @oracle.register
 def _(stream: Parallel, x: Frames) -> Frames:
-    return stream.combine(oracle(stream.first, x), oracle(stream.second, x))
+    y = stream.combine(oracle(stream.first, x), oracle(stream.second, x))
+    return Frames.of(y.values, y.mask)
 
 
 @oracle.register
 def _(stream: Residual, x: Frames) -> Frames:
     y, z = oracle(stream.first, x), oracle(stream.second, x)
-    return Frames.of(z.values + stream.scale * y.values, z.mask)
+    return Frames.of(z.values + stream.scale * y.values, y.mask & z.mask)
 
 
 @oracle.register
