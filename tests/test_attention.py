@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,12 +31,7 @@ from speechattn.testing import oracle, random_frames, stepped
 DENSE = ("fused", "reference")
 
 
-@pytest.fixture(autouse=True)
-def precise() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("precise")
 
 
 def position(kind: str, dim: int, heads: int) -> Position | None:

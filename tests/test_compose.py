@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -42,14 +41,7 @@ from speechattn.testing import (
     random_frames,
 )  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def precise() -> Iterator[None]:
-    """Laws are checked in float64."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("precise")
 
 
 def test_a_wrong_declaration_is_found() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,14 +33,7 @@ from speechattn.testing import (
     random_frames,
 )  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def precise() -> Iterator[None]:
-    """Laws are checked in float64."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("precise")
 
 
 def subclasses(kind: type) -> set[type]:

@@ -18,6 +18,7 @@ from speechattn.errors import ModelError
 from speechattn.pretrained.espnet.config import EncoderConfig, read_config
 from speechattn.pretrained.espnet.legacy import LegacyRelative, Whole
 from speechattn.pretrained.espnet.names import convert
+from speechattn.pretrained.weights import check
 from speechattn.stream import Pointwise, Serial
 
 __all__ = ["load_encoder"]
@@ -43,7 +44,7 @@ def load_encoder(config_path: str | Path, weights_path: str | Path | None = None
     except ValueError as error:
         raise ModelError(f"{path}: encoder_conf: {error}") from error
     tensors = joined(encoder, tensors)
-    check(weights, encoder, tensors)
+    check(weights, encoder, tensors, "the encoder of this config.yaml")
     encoder.load_state_dict(tensors, assign=True)
     for module in encoder.modules():
         if isinstance(module, nn.LayerNorm):
@@ -130,16 +131,3 @@ def position(config: EncoderConfig) -> Position:
     if config.legacy:
         return LegacyRelative(config.dim, config.heads, longest=config.longest)
     return Relative(config.dim, config.heads)
-
-
-def check(path: Path, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
-    """ModelError names the first tensors that are missing, left over, or of another shape."""
-    wanted = encoder.state_dict()
-    wrong = {
-        "missing": sorted(wanted.keys() - tensors.keys()),
-        "unknown": sorted(tensors.keys() - wanted.keys()),
-        "of the wrong shape": sorted(k for k in wanted.keys() & tensors.keys() if wanted[k].shape != tensors[k].shape),
-    }
-    said = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in wrong.items() if names]
-    if said:
-        raise ModelError(f"{path}: tensors do not fit the encoder of this config.yaml: {'; '.join(said)}")

@@ -14,6 +14,7 @@ from speechattn.attention.self_attention import joined
 from speechattn.decoder.attention import Head
 from speechattn.errors import ModelError
 from speechattn.frames import Memory
+from speechattn.pretrained.weights import check
 from speechattn.pretrained.whisper.config import WhisperConfig
 from speechattn.pretrained.whisper.features import SAMPLE_RATE, FrontEnd
 from speechattn.pretrained.whisper.layouts import read_ctranslate2, read_hugging_face, read_openai
@@ -123,7 +124,7 @@ def load(
     with torch.device("meta"):
         network = Whisper(config)
     tensors = joined(network, tensors)
-    check(path, network, tensors)
+    check(path, network, tensors, "a Whisper of these sizes")
     network.load_state_dict({key: value.to(device, dtype) for key, value in tensors.items()}, assign=True)
     network.silence()  # now, so that the first look is not slower than the others
     return WhisperModel(
@@ -141,19 +142,6 @@ def tokenizer_for(path: Path, config: WhisperConfig) -> Path:
         if (folder / "tokenizer.json").is_file():
             return folder / "tokenizer.json"
     raise ModelError(f"{path}: an OpenAI checkpoint holds no vocabulary; put the model's tokenizer.json beside it")
-
-
-def check(path: Path, network: Whisper, tensors: dict[str, Tensor]) -> None:
-    """ModelError names the first tensors that are missing, left over, or of another shape."""
-    wanted = network.state_dict()
-    wrong = {
-        "missing": sorted(wanted.keys() - tensors.keys()),
-        "unknown": sorted(tensors.keys() - wanted.keys()),
-        "of the wrong shape": sorted(k for k in wanted.keys() & tensors.keys() if wanted[k].shape != tensors[k].shape),
-    }
-    said = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in wrong.items() if names]
-    if said:
-        raise ModelError(f"{path}: tensors do not fit a Whisper of these sizes: {'; '.join(said)}")
 
 
 def find(name: str) -> Path:
