@@ -1,6 +1,6 @@
 """Streaming encoders: time and memory of a step, of hours, of training, beside their peers, all in one run.
 
-    make bench-encoder         # the figures that are quoted (about 15 minutes, one thread)
+    make bench-encoder         # the figures that are quoted (about 7 minutes, one thread)
     python benchmarks/encoder.py --quick
 
 12 layers of 256 features, 4 heads, feed-forward of 2048, frames of 40 ms in chunks of 16 (640 ms), 64 frames of left
