@@ -216,6 +216,7 @@ def apart(encoder: Encoder) -> float:
             z, alone[row] = encoder.step(Frames(x.values[row : row + 1], x.mask[row : row + 1]), alone[row])
             worst = max(worst, (z.values[0] - y.values[row]).abs().max().item())
         largest = max(largest, y.values.abs().max().item())
+        assert y.values.isfinite().all(), "a figure of NaN would look like equality"
     return worst / largest
 
 

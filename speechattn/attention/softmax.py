@@ -49,6 +49,7 @@ def fused(
     # Half of the lowest number: a bias may come on top of it.
     mask = torch.where(seen, q.new_zeros(()), torch.finfo(q.dtype).min / 2)
     mask = mask if bias is None else mask + bias
+    # Without a bias the mask is one for all heads, and the fused kernel need not spread it.
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and mask.dim() == 4 and mask.shape[1] > 1:
         return multiplied(turned, k, v, mask)
     return F.scaled_dot_product_attention(turned, k, v, attn_mask=mask)

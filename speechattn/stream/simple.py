@@ -15,7 +15,10 @@ __all__ = ["Delay", "Pointwise", "Sliding", "delayed"]
 
 
 class Pointwise(Stream):
-    """Any function of one frame: `f` maps [B, T, D] to [B, T, D'] and treats every frame alike; f(0) is finite."""
+    """Any function of one frame: `f` maps [B, T, D] to [B, T, D'] and treats every frame alike; f(0) is finite.
+
+    An `f` that works in place changes what the stream before it gave: only behind one that keeps no hold of that.
+    """
 
     def __init__(self, *f: nn.Module) -> None:
         super().__init__()
