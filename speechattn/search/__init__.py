@@ -1,35 +1,6 @@
-"""From memory to hypotheses."""
+"""From frames to hypotheses."""
 
-from __future__ import annotations
+from speechattn.search.beam import Beam, Hypothesis, Prefixes, Search
+from speechattn.search.draft import Draft
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
-from speechattn.decoder.attention import Head
-
-__all__ = ["Draft"]
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A proposed continuation of the committed text, without end-of-text.
-
-    `tokens` [U] with their log-probabilities `log_probs` [U]; `ended` tells whether the model itself said end-of-text
-    behind them; `first` counts the tokens that were committed before this draft since the session began.
-
-    `weights` [N, P + U, T]: where the pairs in `heads` looked on reading each token of prompt (committed text
-    included) and draft. A token is said on reading the one before it, so the draft's own rows are `[-U - 1 : -1]`
-    and the last row is the look at what follows it.
-    """
-
-    tokens: Tensor
-    log_probs: Tensor
-    weights: Tensor
-    heads: tuple[Head, ...]
-    first: int
-    ended: bool
-
-    def alignment(self, heads: tuple[Head, ...]) -> Tensor:
-        """Rows of some of the heads [n, P + U, T]."""
-        return self.weights[[self.heads.index(head) for head in heads]]
+__all__ = ["Beam", "Draft", "Hypothesis", "Prefixes", "Search"]
