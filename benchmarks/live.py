@@ -26,8 +26,8 @@ from speechattn import AlignAtt, Event, LocalAgreement, Session, load_model
 from speechattn.audio.hearing import hear
 from speechattn.data.fotaq import Line, default_folder, prepare, read_split
 from speechattn.data.streams import Stream, join, read_word_ends
-from speechattn.live.session import FRAME_THRESHOLD, Settings
-from speechattn.model import Model
+from speechattn.live.listener import WindowModel as Model
+from speechattn.live.windowed import FRAME_THRESHOLD, Settings
 from speechattn.policy import Policy
 from speechattn.score.calibration import calibration, word_marks
 from speechattn.score.lag import measure_lag

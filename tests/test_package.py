@@ -14,8 +14,8 @@ import speechattn
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"errors", "version", "frames", "tree"}, {"stream"}, {"audio", "attention", "text"}, {"encoder", "cross"},
-    {"decoder"}, {"search"}, {"policy"}, {"model", "pretrained", "terms", "multimodal"},
-    {"live", "task", "score", "data", "testing"}, {"cli"},
+    {"decoder"}, {"search"}, {"policy"}, {"live"}, {"model", "pretrained", "terms", "multimodal"},
+    {"task", "score", "data", "testing"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 MODULES = sorted((ROOT / "speechattn").rglob("*.py"))

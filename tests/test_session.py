@@ -19,7 +19,8 @@ from speechattn.audio.vad import AlwaysSpeech
 from speechattn.errors import InputError
 from speechattn.frames import Memory
 from speechattn.live.events import Event
-from speechattn.live.session import Session, Settings
+from speechattn.live.session import Session
+from speechattn.live.windowed import Settings
 from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
 from speechattn.policy.local_agreement import LocalAgreement
@@ -218,7 +219,7 @@ def test_hours_cost_what_minutes_cost(policy: Policy) -> None:
     assert text(events) == whole(900)
     assert max(model.encoded) <= 9.1 * RATE
     assert max(model.prompts) <= 20 + 8 / 0.4 + 4
-    assert len(made.context) <= 20
+    assert len(made.listener.context) <= 20
     first, last = model.encoded[:60], model.encoded[-60:]
     assert np.mean(last) < 1.5 * np.mean(first)
 

@@ -9,8 +9,10 @@ import torch
 
 from speechattn.audio.vad import AlwaysSpeech, SileroVAD, VoiceActivity
 from speechattn.errors import InputError
-from speechattn.live.session import FRAME_THRESHOLD, Session, Settings
-from speechattn.model import Model, load_model
+from speechattn.live.listener import WindowModel as Model
+from speechattn.live.session import Session
+from speechattn.live.windowed import FRAME_THRESHOLD, Settings, Windowed
+from speechattn.model import load_model
 from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
 from speechattn.policy.local_agreement import LocalAgreement
@@ -102,11 +104,13 @@ def build_session(options: argparse.Namespace, model: Model, *, offline: bool = 
 
 def resolved(options: argparse.Namespace, session: Session) -> str:
     """One line that says, in milliseconds, how the session listens."""
-    settings, model = session.settings, session.model
+    listener, place = session.listener, f"{options.device} {options.dtype}"
+    assert isinstance(listener, Windowed)
+    settings = listener.settings
     parts = [options.model, options.policy, f"look every {1e3 * settings.min_chunk_s:.0f} ms"]
-    if isinstance(session.policy, AlignAtt):
-        parts.append(f"threshold {1e3 * session.policy.frame_threshold * model.frame_s:.0f} ms")
-    return ", ".join([*parts, f"window {1e3 * settings.max_window_s:.0f} ms", f"{options.device} {options.dtype}"])
+    if isinstance(listener.policy, AlignAtt):
+        parts.append(f"threshold {1e3 * listener.policy.frame_threshold * session.model.frame_s:.0f} ms")
+    return ", ".join([*parts, f"window {1e3 * settings.max_window_s:.0f} ms", place])
 
 
 def folder(path: str) -> Path:

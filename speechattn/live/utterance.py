@@ -14,28 +14,19 @@ from speechattn.audio.hearing import Hearing
 from speechattn.audio.resample import Samples
 from speechattn.live.events import Word
 from speechattn.live.guard import loop_start
+from speechattn.live.listener import Decision, WindowModel
 from speechattn.live.timing import token_spans
-from speechattn.model import Model
 from speechattn.policy import Policy, Source
 from speechattn.policy.align_att import focus
 from speechattn.search import Draft
 
-__all__ = ["Decision", "Utterance"]
+__all__ = ["Utterance"]
 
 TOKENS_PER_S, TOKENS_AT_LEAST = 8, 10  # more than anybody says: a draft that needs more is a loop
 FOCUS_SHARE = 0.25  # a token is said while its attention is above this share of its peak
 LEAST_CUT_S = 1.0  # forgetting less is not worth it
 FULL_SPARE_S = 2.0  # the newest sound of a full window may hold half a word
 MARGIN_S = 0.1  # sound kept before the first word that is kept
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What one look at the sound led to."""
-
-    words: tuple[Word, ...]
-    unstable: str
-    withheld: str
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,9 @@ class Utterance:
     `start` is the sample at which the window begins, `first` the tokens that were committed before it.
     """
 
-    def __init__(self, model: Model, policy: Policy, *, start: int, first: int, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self, model: WindowModel, policy: Policy, *, start: int, first: int, context: Sequence[int] = ()
+    ) -> None:
         self.model, self.policy, self.start, self.first = model, policy, start, first
         self.context = list(context)
         self.heads = tuple(dict.fromkeys([*model.alignment_heads, *policy.heads]))

@@ -1,0 +1,114 @@
+"""What a session needs of a model: samples in, decisions out. Two kinds of model listen in two ways.
+
+`StreamModel`: an encoder that goes on from where it was, and a search that goes with it. `WindowModel`: an encoder
+that reads a window of sound again at every look (Whisper), and a policy that says how much of a draft is safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from speechattn.audio.resample import Samples
+from speechattn.decoder.attention import Head
+from speechattn.frames import Frames, Memory
+from speechattn.live.events import Word
+from speechattn.search import Draft, Search
+from speechattn.stream import Stream
+
+__all__ = ["Decision", "Listener", "Model", "StreamModel", "Tokens", "WindowModel"]
+
+
+class Tokens(Protocol):
+    """Ids and text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of the tokens."""
+
+    def words(self, tokens: Sequence[int], *, spaceless: bool = False) -> list[int]:
+        """How many tokens each word has; they add up to all tokens."""
+
+
+class Model(Protocol):
+    """What both kinds have. A frame is one step of the encoder's output."""
+
+    sample_rate: int
+    frame_s: float
+
+    @property
+    def tokenizer(self) -> Tokens:
+        """Ids and text."""
+
+    @property
+    def spaceless(self) -> bool:
+        """The language is written without spaces."""
+
+
+@runtime_checkable
+class StreamModel(Model, Protocol):
+    """Samples to frames by a stream, frames to hypotheses by a search."""
+
+    @property
+    def listening(self) -> Stream:
+        """Samples [B, N] -> encoder frames [B, T, D]."""
+
+    def search(self) -> Search:
+        """The model's own choice, over encoder frames."""
+
+    def blank(self, frames: Frames) -> Tensor:
+        """Where nothing is said [B, T] bool, as the model's CTC head hears it."""
+
+
+@runtime_checkable
+class WindowModel(Model, Protocol):
+    """Sound in, memory and drafts out: `front_end`, `encode`, `draft`."""
+
+    max_s: float  # the longest piece of sound it can encode
+    alignment_heads: tuple[Head, ...]
+    decoder_size: tuple[int, int]  # layers, heads in each
+
+    @property
+    def front_end(self) -> Stream:
+        """Samples [B, N] -> features [B, T, F]; float32, where the sound is."""
+
+    def encode(self, features: Tensor, *, samples: int, start: int = 0, finished: bool = False) -> Memory:
+        """Features of so many `samples` and of the silence behind them, as `Hearing` reads them -> memory [1, T, D]."""
+
+    def draft(
+        self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),
+        heads: tuple[Head, ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
+    ) -> Draft:  # fmt: skip
+        """Continue `committed` over the memory; `context` is text that was said before the memory begins."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one look at the sound led to; `final` where it ends an utterance."""
+
+    words: tuple[Word, ...] = ()
+    unstable: str = ""
+    withheld: str = ""
+    final: bool = False
+
+
+class Listener(Protocol):
+    """Sound of one stream at the model's rate -> decisions.
+
+    Laws: the decisions do not depend on how the sound was cut into pieces; memory and the time of a step are bounded.
+    """
+
+    @property
+    def heard(self) -> int:
+        """Samples that were listened to."""
+
+    def hear(self, samples: Samples) -> Iterator[Decision | None]:
+        """More sound [n]. Comes back after every piece of work, with what it led to or None."""
+
+    def finish(self) -> Iterator[Decision | None]:
+        """No more sound: what remains is decided."""

@@ -1,0 +1,283 @@
+"""Listening with a model that streams: encoder chunk -> search -> what is certain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, exp
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speechattn import tree
+from speechattn.audio.resample import Samples
+from speechattn.errors import InputError
+from speechattn.frames import Frames
+from speechattn.live.events import Word
+from speechattn.live.listener import Decision, StreamModel
+from speechattn.policy import Policy, Source
+from speechattn.search import Beam, Draft, Hypothesis, Search
+from speechattn.tree import node
+
+__all__ = ["StreamSettings", "Streaming", "listen"]
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a session listens without voice detection; times in seconds.
+
+    After `pause_s` in which nothing is said the last word is whole. After `silence_s` the utterance ends: all of it is
+    committed and the search begins anew, but not before `guard_s` since the last time (arXiv 2107.07509, section 3).
+    An utterance of `longest_s` ends at the next pause, of twice that anywhere.
+    """
+
+    pause_s: float = 0.24
+    silence_s: float = 0.6
+    guard_s: float = 0.0
+    longest_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("pause_s", 0.04), ("silence_s", 0.04), ("guard_s", 0.0), ("longest_s", 1.0)):
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name} is {getattr(self, name)}: at least {least} s are needed")
+
+
+@node
+class Row:
+    """One stream for each row: states of encoder and search, and three counts of frames [B].
+
+    `quiet` since something was said, `since` the search began, and `spoke` how often something was said since then.
+    """
+
+    stream: Any
+    beam: Beam
+    quiet: Tensor
+    since: Tensor
+    spoke: Tensor
+
+
+@dataclass
+class Limits:
+    """Settings in frames."""
+
+    pause: int
+    silence: int
+    guard: int
+    longest: int
+
+    @classmethod
+    def of(cls, settings: StreamSettings, frame_s: float) -> Limits:
+        """At least one frame each."""
+        names = ("pause_s", "silence_s", "guard_s", "longest_s")
+        return cls(*(max(1, round(getattr(settings, name) / frame_s)) for name in names))
+
+    def until_end(self, nothing: list[bool], valid: list[bool], at: int, counts: list[int]) -> tuple[int, bool]:
+        """Count (quiet, since, spoke) on from frame `at` to where an utterance ends: behind which frame, and if."""
+        for t in range(at, len(valid)):
+            if not valid[t]:
+                continue
+            quiet, since, spoke = counts
+            quiet, since, spoke = (quiet + 1 if nothing[t] else 0), since + 1, spoke + (not nothing[t])
+            counts[:] = quiet, since, spoke
+            silent = quiet >= self.silence and since >= self.guard
+            long = (since >= self.longest and quiet >= self.pause) or since >= 2 * self.longest
+            if spoke and (silent or long):
+                counts[:] = quiet, 0, 0
+                return t + 1, True
+        return len(valid), False
+
+
+class Streaming:
+    """A `Listener`: what all hypotheses agree on, or a policy accepts, is committed in whole words."""
+
+    def __init__(
+        self, model: StreamModel, *, policy: Policy | None = None, settings: StreamSettings | None = None,
+        search: Search | None = None,
+    ) -> None:  # fmt: skip
+        if policy is not None and policy.heads:
+            raise InputError(
+                f"{type(policy).__name__} looks at attention, which the search of this model does not give"
+            )
+        self.model, self.policy = model, policy
+        self.settings = settings or StreamSettings()
+        self.limits = Limits.of(self.settings, model.frame_s)
+        self.search = search or model.search()
+        self.state = None if policy is None else policy.initial()
+        plan = model.listening.plan()
+        if plan.block is None:
+            raise InputError("the encoder of this model needs the whole utterance: it cannot listen live")
+        self.block, self.latency = plan.block, plan.latency
+        self.waiting: Samples = np.zeros(0, np.float32)
+        self.silent = 0  # invalid samples at the end of what waits
+        self.heard = self.first = 0  # samples; tokens that were committed
+        self.tail = ""
+        self.row: Row | None = None
+
+    @property
+    def ready(self) -> bool:
+        """A block of sound waits."""
+        return len(self.waiting) + self.silent >= self.block
+
+    def add(self, samples: Samples) -> None:
+        """More sound [n]."""
+        self.waiting = np.concatenate([self.waiting, samples])
+
+    def end(self) -> None:
+        """No more sound: what pushes the last frames out of the encoder follows."""
+        n = self.heard + len(self.waiting)
+        total = ceil((n + self.latency) / self.block) * self.block if n else 0
+        self.silent = total - n
+
+    def take(self) -> Frames:
+        """The next block of sound [1, N]."""
+        samples, self.waiting = self.waiting[: self.block], self.waiting[self.block :].copy()
+        missing = self.block - len(samples)
+        self.silent -= missing
+        self.heard += len(samples)
+        values = torch.from_numpy(np.pad(samples, [0, missing]))[None]
+        return Frames(values, torch.arange(self.block)[None] < len(samples))
+
+    def hear(self, samples: Samples) -> Iterator[Decision | None]:
+        """More sound: every whole block is a step."""
+        self.add(samples)
+        yield from self._steps()
+
+    def finish(self) -> Iterator[Decision | None]:
+        """The frames that the encoder still holds, and all words."""
+        self.end()
+        yield from self._steps()
+        yield self.last()
+
+    def _steps(self) -> Iterator[Decision | None]:
+        while self.ready:
+            decisions: list[Decision | None] = [*listen([self])[0]]
+            yield from decisions or [None]
+
+    @torch.inference_mode()
+    def last(self) -> Decision | None:
+        """The end of the stream: everything is decided."""
+        if self.row is None:
+            return None
+        best = self.search.hypotheses(self.search.finish(self.row.beam))[0]
+        spoke, self.row = int(self.row.spoke[0]), None
+        return self.closing(best[0] if best else None) if spoke or self.tail or (best and best[0].tokens) else None
+
+    def closing(self, best: Hypothesis | None) -> Decision:
+        """All of the hypothesis is certain, and the utterance ends."""
+        words = () if best is None else self._words(best, len(best.tokens))
+        self.first += 0 if best is None else len(best.tokens)
+        self.tail = ""
+        self.state = None if self.policy is None else self.policy.initial()
+        return Decision(words, final=True)
+
+    def safe(self, best: Hypothesis, agreed: int, frames: int, quiet: int) -> int:
+        """Tokens of the best hypothesis that may be committed now: whole words."""
+        paused = quiet >= self.limits.pause
+        if self.policy is not None:
+            nothing = torch.zeros(0, len(best.tokens) + 1, frames)
+            draft = Draft(
+                torch.tensor(best.tokens, dtype=torch.long),
+                torch.tensor(best.log_probs),
+                nothing,
+                (),
+                self.first,
+                False,
+            )
+            source = Source(frames, self.model.frame_s, finished=False, paused=paused)
+            agreed, self.state = self.policy.accept(draft, source, self.state)
+        if paused and agreed == len(best.tokens):
+            return agreed
+        sizes = self.model.tokenizer.words(best.tokens[:agreed], spaceless=self.model.spaceless)
+        return agreed - (sizes[-1] if sizes else 0)
+
+    def decide(self, best: Hypothesis, n: int) -> Decision | None:
+        """The first `n` tokens are committed; None where there is nothing new to say."""
+        words = self._words(best, n)
+        self.first += n
+        tail = best.tokens[n:]
+        before, self.tail = self.tail, self._text(tail) if tail else ""
+        return Decision(words, self.tail) if words or self.tail != before else None
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text = self.model.tokenizer.decode(tokens)
+        return text if self.model.spaceless or text.startswith(" ") else f" {text}"
+
+    def _words(self, best: Hypothesis, n: int) -> tuple[Word, ...]:
+        """The words of the first `n` tokens, with times and confidence."""
+        words, at, step = [], 0, self.model.frame_s
+        for size in self.model.tokenizer.words(best.tokens[:n], spaceless=self.model.spaceless):
+            part = slice(at, at + size)
+            start, end = best.spans[at][0], max(end for _, end in best.spans[part])
+            words.append(Word(self._text(best.tokens[part]), start * step, end * step, exp(sum(best.log_probs[part]))))
+            at += size
+        return tuple(words)
+
+
+@torch.inference_mode()
+def listen(listeners: Sequence[Streaming]) -> list[list[Decision]]:
+    """One step of those that are ready, which share model and search, as one batch."""
+    model, search = listeners[0].model, listeners[0].search
+    sound = [one.take() for one in listeners]
+    rows = [one.row or begin(model, search, x) for one, x in zip(listeners, sound, strict=True)]
+    x = Frames(torch.cat([x.values for x in sound]), torch.cat([x.mask for x in sound]))
+    row = tree.concat(rows) if len(rows) > 1 else rows[0]
+    frames, stream = model.listening.step(x, row.stream)
+    decisions = [list[Decision]() for _ in listeners]
+    row = replace(search_on(listeners, frames, row, decisions), stream=stream)
+    for one, part in zip(listeners, tree.split(row) if len(rows) > 1 else [row], strict=True):
+        one.row = part
+    return decisions
+
+
+def begin(model: StreamModel, search: Search, x: Frames) -> Row:
+    """The state before the first block [1, N] of a stream."""
+    state = model.listening.init_state(x)
+    frames, _ = model.listening.step(x[:0], tree.clone(state))
+    nothing = torch.zeros(1, dtype=torch.long)
+    return Row(state, search.start(frames), nothing, nothing.clone(), nothing.clone())
+
+
+def search_on(listeners: Sequence[Streaming], frames: Frames, row: Row, decisions: list[list[Decision]]) -> Row:
+    """The search goes on over frames [B, T, D]; where an utterance ends between them it begins anew."""
+    search, beam = listeners[0].search, row.beam
+    counts = torch.stack([row.quiet, row.since, row.spoke], 1).tolist()
+    nothing, valid = listeners[0].model.blank(frames).tolist(), frames.mask.tolist()
+    at, stop = [0] * len(listeners), [0] * len(listeners)
+    over = [True]
+    while any(over):
+        over = []
+        for i, one in enumerate(listeners):
+            stop[i], end = one.limits.until_end(nothing[i], valid[i], at[i], counts[i])
+            over.append(end)
+        beam = search.step(between(frames, at, stop), beam)
+        at = list(stop)
+        if any(over):
+            beam = restarted(listeners, frames, beam, over, decisions)
+    best, agreed, read = search.hypotheses(beam), beam.agreed.tolist(), beam.frames.tolist()
+    n = []
+    for i, one in enumerate(listeners):
+        n.append(one.safe(best[i][0], agreed[i], read[i], counts[i][0]))
+        decision = one.decide(best[i][0], n[i])
+        decisions[i] += [] if decision is None else [decision]
+    quiet, since, spoke = torch.tensor(counts).unbind(1)
+    return Row(row.stream, search.commit(beam, torch.tensor(n)), quiet, since, spoke)
+
+
+def between(frames: Frames, first: Sequence[int], last: Sequence[int]) -> Frames:
+    """The frames from `first` [B] to before `last` [B] of each row; the others are not there."""
+    at = torch.arange(frames.mask.shape[1])
+    inside = (at >= torch.tensor(first)[:, None]) & (at < torch.tensor(last)[:, None])
+    return Frames.of(frames.values, frames.mask & inside)
+
+
+def restarted(
+    listeners: Sequence[Streaming], frames: Frames, beam: Beam, over: list[bool], decisions: list[list[Decision]]
+) -> Beam:
+    """Rows whose utterance is over say all of it, and their search begins anew."""
+    search, rows = listeners[0].search, [i for i, end in enumerate(over) if end]
+    for i, best in zip(rows, search.hypotheses(search.finish(tree.select(beam, rows))), strict=True):
+        decisions[i].append(listeners[i].closing(best[0] if best else None))
+    fresh: Beam = tree.where(torch.tensor(over), replace(search.start(frames), frames=beam.frames), beam)
+    return fresh

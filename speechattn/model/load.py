@@ -1,0 +1,33 @@
+"""Models by name or path, whoever made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from speechattn.errors import ModelError
+from speechattn.pretrained.whisper import WhisperModel, load
+
+__all__ = ["DTYPES", "load_model"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    name: str | Path = "tiny.en", *, device: str = "cpu", dtype: str = "float32", language: str | None = None,
+    task: str | None = None, pad_s: float | None = None,
+) -> WhisperModel:  # fmt: skip
+    """A model by name (`tiny.en`, `large-v3`) or path; ModelError says what was looked for and what to do.
+
+    A folder that `save_model` wrote is a `Recognizer`; everything else is a Whisper. `task` (transcribe or translate)
+    and `pad_s`, the silence that follows the sound into the encoder (None: the measured default), are Whisper's.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype}: wanted {', '.join(DTYPES)}")
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    return load(str(name), device=place, dtype=DTYPES[dtype], language=language, task=task or "transcribe", pad_s=pad_s)
