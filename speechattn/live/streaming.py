@@ -30,18 +30,26 @@ class StreamSettings:
 
     After `pause_s` in which nothing is said the last word is whole. After `silence_s` the utterance ends: all of it is
     committed and the search begins anew, but not before `guard_s` since the last time (arXiv 2107.07509, section 3).
-    An utterance of `longest_s` ends at the next pause, of twice that anywhere.
+    An utterance of `longest_s` ends at the next pause, of twice that between two labels.
+
+    Words are committed when hypotheses with a share of `certainty` of the beam's probability agree on them, and
+    `patience_s` after they were said as the best hypothesis has them.
     """
 
     pause_s: float = 0.24
     silence_s: float = 0.6
     guard_s: float = 0.0
     longest_s: float = 30.0
+    patience_s: float = 2.0
+    certainty: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, least in (("pause_s", 0.04), ("silence_s", 0.04), ("guard_s", 0.0), ("longest_s", 1.0)):
+        least_s = {"pause_s": 0.04, "silence_s": 0.04, "guard_s": 0.0, "longest_s": 1.0, "patience_s": 0.0}
+        for name, least in least_s.items():
             if not getattr(self, name) >= least:
                 raise InputError(f"{name} is {getattr(self, name)}: at least {least} s are needed")
+        if not 0.5 <= self.certainty <= 1:
+            raise InputError(f"certainty is {self.certainty}: from 0.5 to 1")
 
 
 @node
@@ -66,25 +74,28 @@ class Limits:
     silence: int
     guard: int
     longest: int
+    patience: int
 
     @classmethod
     def of(cls, settings: StreamSettings, frame_s: float) -> Limits:
         """At least one frame each."""
-        names = ("pause_s", "silence_s", "guard_s", "longest_s")
+        names = ("pause_s", "silence_s", "guard_s", "longest_s", "patience_s")
         return cls(*(max(1, round(getattr(settings, name) / frame_s)) for name in names))
 
     def until_end(self, nothing: list[bool], valid: list[bool], at: int, counts: list[int]) -> tuple[int, bool]:
-        """Count (quiet, since, spoke) on from frame `at` to where an utterance ends: behind which frame, and if."""
+        """Count (quiet, since, spoke) on from frame `at` to where an utterance ends: behind which frame, and if.
+
+        Where nothing was said for so long the search begins anew as well: it has nothing to remember.
+        """
         for t in range(at, len(valid)):
             if not valid[t]:
                 continue
             quiet, since, spoke = counts
             quiet, since, spoke = (quiet + 1 if nothing[t] else 0), since + 1, spoke + (not nothing[t])
             counts[:] = quiet, since, spoke
-            silent = quiet >= self.silence and since >= self.guard
-            long = (since >= self.longest and quiet >= self.pause) or since >= 2 * self.longest
-            if spoke and (silent or long):
-                counts[:] = quiet, 0, 0
+            silent = quiet >= self.silence and since >= (self.guard if spoke else self.silence)
+            tired = since >= 4 * self.longest or (since >= 2 * self.longest and nothing[t])
+            if silent or tired or (since >= self.longest and quiet >= self.pause):
                 return t + 1, True
         return len(valid), False
 
@@ -161,16 +172,16 @@ class Streaming:
         if self.row is None:
             return None
         best = self.search.hypotheses(self.search.finish(self.row.beam))[0]
-        spoke, self.row = int(self.row.spoke[0]), None
-        return self.closing(best[0] if best else None) if spoke or self.tail or (best and best[0].tokens) else None
+        spoke, self.row = int(self.row.spoke[0]) > 0, None
+        return self.closing(best[0], spoke)
 
-    def closing(self, best: Hypothesis | None) -> Decision:
-        """All of the hypothesis is certain, and the utterance ends."""
-        words = () if best is None else self._words(best, len(best.tokens))
-        self.first += 0 if best is None else len(best.tokens)
-        self.tail = ""
+    def closing(self, best: Hypothesis, spoke: bool) -> Decision | None:
+        """All of the hypothesis is certain, and the utterance ends; None where there was none."""
+        words = self._words(best, len(best.tokens))
+        self.first += len(best.tokens)
+        before, self.tail = self.tail, ""
         self.state = None if self.policy is None else self.policy.initial()
-        return Decision(words, final=True)
+        return Decision(words, final=True) if words or spoke or before else None
 
     def safe(self, best: Hypothesis, agreed: int, frames: int, quiet: int) -> int:
         """Tokens of the best hypothesis that may be committed now: whole words."""
@@ -187,6 +198,8 @@ class Streaming:
             )
             source = Source(frames, self.model.frame_s, finished=False, paused=paused)
             agreed, self.state = self.policy.accept(draft, source, self.state)
+        old = (i for i, (_, end) in enumerate(best.spans) if end > frames - self.limits.patience)
+        agreed = max(agreed, next(old, len(best.tokens)))
         if paused and agreed == len(best.tokens):
             return agreed
         sizes = self.model.tokenizer.words(best.tokens[:agreed], spaceless=self.model.spaceless)
@@ -254,8 +267,12 @@ def search_on(listeners: Sequence[Streaming], frames: Frames, row: Row, decision
         beam = search.step(between(frames, at, stop), beam)
         at = list(stop)
         if any(over):
-            beam = restarted(listeners, frames, beam, over, decisions)
-    best, agreed, read = search.hypotheses(beam), beam.agreed.tolist(), beam.frames.tolist()
+            beam = restarted(listeners, frames, beam, over, counts, decisions)
+    best, agreed, read = (
+        search.hypotheses(beam),
+        beam.agreed(listeners[0].settings.certainty).tolist(),
+        beam.frames.tolist(),
+    )
     n = []
     for i, one in enumerate(listeners):
         n.append(one.safe(best[i][0], agreed[i], read[i], counts[i][0]))
@@ -273,11 +290,14 @@ def between(frames: Frames, first: Sequence[int], last: Sequence[int]) -> Frames
 
 
 def restarted(
-    listeners: Sequence[Streaming], frames: Frames, beam: Beam, over: list[bool], decisions: list[list[Decision]]
-) -> Beam:
+    listeners: Sequence[Streaming], frames: Frames, beam: Beam, over: list[bool], counts: list[list[int]],
+    decisions: list[list[Decision]],
+) -> Beam:  # fmt: skip
     """Rows whose utterance is over say all of it, and their search begins anew."""
     search, rows = listeners[0].search, [i for i, end in enumerate(over) if end]
     for i, best in zip(rows, search.hypotheses(search.finish(tree.select(beam, rows))), strict=True):
-        decisions[i].append(listeners[i].closing(best[0] if best else None))
+        decision = listeners[i].closing(best[0], counts[i][2] > 0)
+        decisions[i] += [] if decision is None else [decision]
+        counts[i][1:] = 0, 0
     fresh: Beam = tree.where(torch.tensor(over), replace(search.start(frames), frames=beam.frames), beam)
     return fresh

@@ -118,14 +118,22 @@ class Beam:
     frames: Tensor
     state: Any
 
-    @property
-    def agreed(self) -> Tensor:
-        """How many tokens all hypotheses of a row have in common, from the first on [B]."""
+    def agreed(self, share: float = 1.0) -> Tensor:
+        """How many first tokens of the best hypothesis are said by hypotheses with this share of probability [B].
+
+        The probabilities are those that the scores have among the hypotheses of the row; 1 asks every one of them.
+        """
         tokens, length = self.said.tokens, self.said.length
         alive = self.score > -torch.inf
         at = torch.arange(tokens.shape[2], device=tokens.device)
         same = (tokens == tokens[:, :1]) & (at < torch.minimum(length, length[:, :1])[..., None])
-        return (same | ~alive[..., None]).all(1).long().cumprod(1).sum(1) * alive.any(1)
+        same = same.long().cumprod(2).bool()
+        if share >= 1:
+            enough = (same | ~alive[..., None]).all(1)
+        else:
+            weight = self.score.masked_fill(~alive, -torch.inf).softmax(1).nan_to_num()
+            enough = (same * weight[..., None]).sum(1) >= share
+        return enough.sum(1) * alive.any(1)
 
 
 class Search:
