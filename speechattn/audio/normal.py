@@ -35,6 +35,11 @@ class GlobalCMVN(Stream):
         self.register_buffer("std", std.clone())
 
     @classmethod
+    def unknown(cls, dim: int) -> GlobalCMVN:
+        """For `dim` features: mean 0 and deviation 1, until statistics are loaded."""
+        return cls(torch.zeros(dim), torch.ones(dim))
+
+    @classmethod
     def estimate(cls, corpus: Iterable[Frames]) -> GlobalCMVN:
         """Statistics of the valid frames of all batches, merged as in Chan, Golub, LeVeque 1979, eq. 2.1."""
         count, mean, squares = 0, torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)

@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from speechattn.audio.vad import AlwaysSpeech, SileroVAD, VoiceActivity
 from speechattn.errors import InputError
-from speechattn.live.listener import WindowModel as Model
+from speechattn.live.listener import WindowModel
 from speechattn.live.session import Session
+from speechattn.live.streaming import Streaming, StreamSettings
 from speechattn.live.windowed import FRAME_THRESHOLD, Settings, Windowed
-from speechattn.model import load_model
+from speechattn.model import Recognizer, load_model
+from speechattn.model.searches import SEARCHES
 from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
 from speechattn.policy.local_agreement import LocalAgreement
+from speechattn.pretrained.whisper import WhisperModel
 
 __all__ = ["add_model_options", "add_session_options", "build_model", "build_session", "resolved"]
 
 NEVER_S = 1e9
 POLICIES = ("alignatt", "alignatt-fbk", "local-agreement")
+WINDOWS = ("policy", "frame_threshold", "attn_layer", "min_chunk_size", "audio_max_len", "no_vad")
+STREAMS = ("search", "beam_size", "hotwords_file", "hotwords_score", "silence")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, where, in which language."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="tiny.en", help="name or path: OpenAI .pt, Hugging Face or CTranslate2 folder"
+        "--model", default="tiny.en", help="name or path: a model folder, OpenAI .pt, Hugging Face or CTranslate2"
     )
     group.add_argument("--language", help="code such as en or de (multilingual models; without it: detected)")
-    group.add_argument(
-        "--task", default="transcribe", choices=("transcribe", "translate"), help="translate: to English"
-    )
+    group.add_argument("--task", choices=("transcribe", "translate"), help="Whisper: translate is to English")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
     group.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     group.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: small models are fastest so)")
 
 
 def add_session_options(parser: argparse.ArgumentParser) -> None:
-    """When words are committed."""
-    group = parser.add_argument_group("policy")
-    group.add_argument("--policy", default="alignatt", choices=POLICIES, help="default alignatt")
+    """When words are committed, and which."""
+    group = parser.add_argument_group("policy (models that read windows of sound, as Whisper)")
+    group.add_argument("--policy", choices=POLICIES, help="default alignatt")
     group.add_argument(
         "--frame-threshold", type=int, metavar="N",
         help=f"alignatt: commit a word N frames (of 20 ms) behind the newest sound (default {FRAME_THRESHOLD})",
@@ -53,10 +57,18 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--audio-max-len", type=float, metavar="S", help="longest window of sound in seconds (default 12)"
     )
-    group.add_argument("--no-vad", action="store_true", help="no voice detection: everything is speech")
+    group.add_argument("--no-vad", action="store_true", default=None, help="everything is speech")
+    group = parser.add_argument_group("search (models that stream)")
+    group.add_argument("--search", choices=tuple(SEARCHES), help="default: the best that the model's heads allow")
+    group.add_argument("--beam-size", "--beams", type=int, metavar="K", help="hypotheses (default 10; 1 is greedy)")
+    group.add_argument("--hotwords-file", metavar="FILE", help="phrases to prefer, one a line, as plain text")
+    group.add_argument(
+        "--hotwords-score", type=float, metavar="X", help="log-probability for each of their tokens (default 1.5)"
+    )
+    group.add_argument("--silence", type=float, metavar="S", help="an utterance ends after S seconds (default 0.6)")
 
 
-def build_model(options: argparse.Namespace) -> Model:
+def build_model(options: argparse.Namespace) -> Recognizer | WhisperModel:
     """The model that the options name."""
     if options.threads < 1:
         raise InputError(f"--threads {options.threads}: at least 1")
@@ -66,28 +78,50 @@ def build_model(options: argparse.Namespace) -> Model:
     )
 
 
-def build_policy(options: argparse.Namespace, model: Model) -> Policy:
-    """The policy that the options name; InputError for a setting that it does not have."""
-    threshold, layer = options.frame_threshold, options.attn_layer
-    if threshold is not None and threshold < 0:
-        raise InputError(f"--frame-threshold {threshold}: 0 or more frames")
-    if threshold is not None and options.policy == "local-agreement":
-        raise InputError("--frame-threshold belongs to alignatt; local-agreement has no such setting")
-    if layer is not None and options.policy != "alignatt-fbk":
-        raise InputError(f"--attn-layer belongs to alignatt-fbk; {options.policy} has no such setting")
-    if options.policy == "local-agreement":
-        return LocalAgreement()
-    if options.policy == "alignatt":
-        return AlignAtt.whisper(model.alignment_heads, FRAME_THRESHOLD if threshold is None else threshold)
-    layers, heads = model.decoder_size
-    layer = layers // 2 if layer is None else layer
-    if not 0 <= layer < layers:
-        raise InputError(f"--attn-layer {layer}: this model has decoder layers 0 to {layers - 1}")
-    return AlignAtt.fbk(layer, heads, *([] if threshold is None else [threshold]))
+def build_session(
+    options: argparse.Namespace, model: Recognizer | WhisperModel, *, offline: bool = False
+) -> Session:  # fmt: skip
+    """A session as the options say; InputError for those that this kind of model does not have."""
+    streams = isinstance(model, Recognizer)
+    refuse(options, WINDOWS if streams else STREAMS, "streams" if streams else "reads windows of sound")
+    if isinstance(model, Recognizer):
+        if offline:
+            raise InputError("--offline changes nothing for a model that streams: it hears live what it hears offline")
+        return build_stream(options, model)
+    return build_window(options, model, offline=offline)
 
 
-def build_session(options: argparse.Namespace, model: Model, *, offline: bool = False) -> Session:
-    """A session as the options say; offline it looks only when an utterance ends."""
+def refuse(options: argparse.Namespace, names: Sequence[str], kind: str) -> None:
+    """InputError for the first of these options that was given."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} does nothing with {options.model}, which {kind}")
+
+
+def build_stream(options: argparse.Namespace, model: Recognizer) -> Session:
+    """A session of a model that streams."""
+    phrases = None if options.hotwords_file is None else read_phrases(Path(options.hotwords_file))
+    if options.hotwords_score is not None and phrases is None:
+        raise InputError("--hotwords-score needs --hotwords-file")
+    given = {"beam_size": options.beam_size, "bonus": options.hotwords_score}
+    search = model.search(
+        options.search, phrases=phrases, **{name: value for name, value in given.items() if value is not None}
+    )
+    settings = StreamSettings() if options.silence is None else StreamSettings(silence_s=options.silence)
+    return Session(model, settings=settings, search=search)
+
+
+def read_phrases(path: Path) -> list[str]:
+    """One a line; empty lines are none. InputError when the file cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def build_window(options: argparse.Namespace, model: WindowModel, *, offline: bool) -> Session:
+    """A session of a model that reads windows; offline it looks only when an utterance ends."""
     named = {"min_chunk_s": options.min_chunk_size, "max_window_s": options.audio_max_len}
     given = {name: value for name, value in named.items() if value is not None}
     if offline:
@@ -102,14 +136,38 @@ def build_session(options: argparse.Namespace, model: Model, *, offline: bool = 
     return Session(model, policy=build_policy(options, model), settings=Settings(**given), vad=vad)
 
 
+def build_policy(options: argparse.Namespace, model: WindowModel) -> Policy:
+    """The policy that the options name; InputError for a setting that it does not have."""
+    threshold, layer, name = options.frame_threshold, options.attn_layer, options.policy or "alignatt"
+    if threshold is not None and threshold < 0:
+        raise InputError(f"--frame-threshold {threshold}: 0 or more frames")
+    if threshold is not None and name == "local-agreement":
+        raise InputError("--frame-threshold belongs to alignatt; local-agreement has no such setting")
+    if layer is not None and name != "alignatt-fbk":
+        raise InputError(f"--attn-layer belongs to alignatt-fbk; {name} has no such setting")
+    if name == "local-agreement":
+        return LocalAgreement()
+    if name == "alignatt":
+        return AlignAtt.whisper(model.alignment_heads, FRAME_THRESHOLD if threshold is None else threshold)
+    layers, heads = model.decoder_size
+    layer = layers // 2 if layer is None else layer
+    if not 0 <= layer < layers:
+        raise InputError(f"--attn-layer {layer}: this model has decoder layers 0 to {layers - 1}")
+    return AlignAtt.fbk(layer, heads, *([] if threshold is None else [threshold]))
+
+
 def resolved(options: argparse.Namespace, session: Session) -> str:
     """One line that says, in milliseconds, how the session listens."""
-    listener, place = session.listener, f"{options.device} {options.dtype}"
+    listener, place, frame_s = session.listener, f"{options.device} {options.dtype}", session.model.frame_s
+    if isinstance(listener, Streaming):
+        block, silence = listener.block / session.model.sample_rate, listener.settings.silence_s
+        kind = f"beam {listener.search.size}"
+        return f"{options.model}, {kind}, steps of {1e3 * block:.0f} ms, silence {1e3 * silence:.0f} ms, {place}"
     assert isinstance(listener, Windowed)
     settings = listener.settings
-    parts = [options.model, options.policy, f"look every {1e3 * settings.min_chunk_s:.0f} ms"]
+    parts = [options.model, options.policy or "alignatt", f"look every {1e3 * settings.min_chunk_s:.0f} ms"]
     if isinstance(listener.policy, AlignAtt):
-        parts.append(f"threshold {1e3 * listener.policy.frame_threshold * session.model.frame_s:.0f} ms")
+        parts.append(f"threshold {1e3 * listener.policy.frame_threshold * frame_s:.0f} ms")
     return ", ".join([*parts, f"window {1e3 * settings.max_window_s:.0f} ms", place])
 
 

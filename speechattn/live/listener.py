@@ -38,8 +38,13 @@ class Tokens(Protocol):
 class Model(Protocol):
     """What both kinds have. A frame is one step of the encoder's output."""
 
-    sample_rate: int
-    frame_s: float
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second that it wants."""
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds of sound in a frame."""
 
     @property
     def tokenizer(self) -> Tokens:
@@ -57,6 +62,9 @@ class StreamModel(Model, Protocol):
     @property
     def listening(self) -> Stream:
         """Samples [B, N] -> encoder frames [B, T, D]."""
+
+    def sound(self, samples: Samples) -> Tensor:
+        """Samples [N] as `listening` wants them [1, N]."""
 
     def search(self) -> Search:
         """The model's own choice, over encoder frames."""

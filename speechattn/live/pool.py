@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from speechattn.errors import InputError
 from speechattn.live.events import Event
@@ -11,6 +11,7 @@ from speechattn.live.listener import StreamModel
 from speechattn.live.session import Session
 from speechattn.live.streaming import Streaming, StreamSettings, listen
 from speechattn.search import Search
+from speechattn.search.phrases import Hits
 
 __all__ = ["Pool"]
 
@@ -39,13 +40,18 @@ class Pool:
         self.sessions: dict[int, Session] = {}
         self.opened = 0
 
-    def open(self, *, on_event: Callable[[Event], None] | None = None) -> int:
-        """A slot for a new stream: its number, never used again. InputError when all are taken."""
+    def open(self, *, phrases: Sequence[str] = (), on_event: Callable[[Event], None] | None = None) -> int:
+        """A slot for a new stream: its number, never used again. InputError when all are taken.
+
+        `phrases` are preferred in this stream; `prefer` gives it others.
+        """
         if len(self.sessions) == self.slots:
             raise InputError(f"all {self.slots} slots are taken; close one first")
         session = Session(
             self.model, settings=self.settings, search=self.search, on_event=on_event, clock=self.clock
         )  # fmt: skip
+        if phrases:
+            session.prefer(phrases)
         self.opened += 1
         self.sessions[self.opened] = session
         return self.opened
@@ -57,6 +63,14 @@ class Pool:
         if len(one.waiting) > BACKLOG_S * self.model.sample_rate:
             raise InputError(f"slot {slot}: more than {BACKLOG_S:g} s of sound wait; step the pool, or feed slower")
         one.add(session.resampled(samples, rate))
+
+    def prefer(self, slot: int, phrases: Sequence[str]) -> None:
+        """As `Session.prefer`."""
+        self._session(slot).prefer(phrases)
+
+    def hits(self, slot: int) -> list[Hits]:
+        """As `Session.hits`."""
+        return self._session(slot).hits()
 
     def close(self, slot: int) -> None:
         """No more sound for a slot: the next steps say what remains, and free it."""

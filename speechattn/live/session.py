@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 
@@ -19,6 +19,7 @@ from speechattn.live.streaming import Streaming, StreamSettings
 from speechattn.live.windowed import Settings, Windowed
 from speechattn.policy import Policy
 from speechattn.search import Search
+from speechattn.search.phrases import Hits
 
 __all__ = ["Session", "listener"]
 
@@ -101,8 +102,23 @@ class Session:
         nothing = np.zeros(0, np.float32)
         return nothing if self.resampler is None else self.resampler.feed(nothing, last=True)
 
+    def prefer(self, phrases: Sequence[str]) -> None:
+        """From now on these phrases are preferred, and no others. InputError for a model or a search that cannot."""
+        self._streaming().prefer(phrases)
+
+    def hits(self) -> list[Hits]:
+        """Where each phrase was said since it was asked for: pairs of seconds, none for one that was not."""
+        return self._streaming().report.hits()
+
+    def _streaming(self) -> Streaming:
+        if not isinstance(self.listener, Streaming):
+            raise InputError("this model reads windows of sound: it takes no phrases")
+        return self.listener
+
     def close(self) -> None:
         """Nothing will follow for those who wait for events."""
+        if isinstance(self.listener, Streaming):
+            self.listener.forget()
         for queue in self.listeners:
             queue.put_nowait(None)
 

@@ -17,8 +17,10 @@ from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.live.events import Word
 from speechattn.live.listener import Decision, StreamModel
+from speechattn.live.report import Report
 from speechattn.policy import Policy, Source
 from speechattn.search import Beam, Draft, Hypothesis, Search
+from speechattn.text.pieces import spelled
 from speechattn.tree import node
 
 __all__ = ["StreamSettings", "Streaming", "listen"]
@@ -125,6 +127,30 @@ class Streaming:
         self.heard = self.first = 0  # samples; tokens that were committed
         self.tail = ""
         self.row: Row | None = None
+        self.root: int | None = None
+        self.report = Report(())
+
+    def prefer(self, phrases: Sequence[str]) -> None:
+        """From now on these phrases are preferred, and no others; the report begins anew.
+
+        InputError for phrases that the vocabulary cannot spell, and for a search that takes none.
+        """
+        book = self.search.phrases
+        if book is None:
+            raise InputError("this search takes no phrases: make it with phrases, if only an empty list")
+        tokens = [s for phrase in spelled(phrases, self.model.tokenizer) for s in phrase.spellings]
+        root, before = book.add(tokens), self.root
+        if self.row is not None:
+            self.row = replace(self.row, beam=self.search.bias(self.row.beam, root))
+        self.root, self.report = root, Report(phrases)
+        if before is not None:
+            book.remove(before)
+
+    def forget(self) -> None:
+        """No phrases any more: their place is free for those of others."""
+        if self.root is not None and self.search.phrases is not None:
+            self.search.phrases.remove(self.root)
+        self.root = None
 
     @property
     def ready(self) -> bool:
@@ -143,12 +169,12 @@ class Streaming:
 
     def take(self) -> Frames:
         """The next block of sound [1, N]."""
-        samples, self.waiting = self.waiting[: self.block], self.waiting[self.block :].copy()
+        samples, self.waiting = self.waiting[: self.block], self.waiting[self.block :]
         missing = self.block - len(samples)
         self.silent -= missing
         self.heard += len(samples)
-        values = torch.from_numpy(np.pad(samples, [0, missing]))[None]
-        return Frames(values, torch.arange(self.block)[None] < len(samples))
+        values = self.model.sound(np.pad(samples, [0, missing]))
+        return Frames(values, torch.arange(self.block, device=values.device)[None] < len(samples))
 
     def hear(self, samples: Samples) -> Iterator[Decision | None]:
         """More sound: every whole block is a step."""
@@ -165,6 +191,7 @@ class Streaming:
         while self.ready:
             decisions: list[Decision | None] = [*listen([self])[0]]
             yield from decisions or [None]
+        self.waiting = self.waiting.copy()  # let go of what was heard
 
     @torch.inference_mode()
     def last(self) -> Decision | None:
@@ -225,15 +252,16 @@ class Streaming:
             start, end = best.spans[at][0], max(end for _, end in best.spans[part])
             words.append(Word(self._text(best.tokens[part]), start * step, end * step, exp(sum(best.log_probs[part]))))
             at += size
+        self.report.add(words)
         return tuple(words)
 
 
 @torch.inference_mode()
 def listen(listeners: Sequence[Streaming]) -> list[list[Decision]]:
     """One step of those that are ready, which share model and search, as one batch."""
-    model, search = listeners[0].model, listeners[0].search
+    model = listeners[0].model
     sound = [one.take() for one in listeners]
-    rows = [one.row or begin(model, search, x) for one, x in zip(listeners, sound, strict=True)]
+    rows = [one.row or begin(one, x) for one, x in zip(listeners, sound, strict=True)]
     x = Frames(torch.cat([x.values for x in sound]), torch.cat([x.mask for x in sound]))
     row = tree.concat(rows) if len(rows) > 1 else rows[0]
     frames, stream = model.listening.step(x, row.stream)
@@ -244,12 +272,23 @@ def listen(listeners: Sequence[Streaming]) -> list[list[Decision]]:
     return decisions
 
 
-def begin(model: StreamModel, search: Search, x: Frames) -> Row:
+def begin(one: Streaming, x: Frames) -> Row:
     """The state before the first block [1, N] of a stream."""
-    state = model.listening.init_state(x)
-    frames, _ = model.listening.step(x[:0], tree.clone(state))
-    nothing = torch.zeros(1, dtype=torch.long)
-    return Row(state, search.start(frames), nothing, nothing.clone(), nothing.clone())
+    state = one.model.listening.init_state(x)
+    frames, _ = one.model.listening.step(x[:0], tree.clone(state))
+    nothing = torch.zeros(1, dtype=torch.long, device=x.mask.device)
+    return Row(state, started([one], frames, nothing), nothing, nothing.clone(), nothing.clone())
+
+
+def started(listeners: Sequence[Streaming], frames: Frames, heard: Tensor) -> Beam:
+    """The search before the first frame, `heard` [B] frames behind the beginning of the stream."""
+    search = listeners[0].search
+    beam = search.start_at(frames, heard)
+    if search.phrases is None or all(one.root is None for one in listeners):
+        return beam
+    none = search.phrases.root
+    roots = [none if one.root is None else one.root for one in listeners]
+    return search.bias(beam, torch.tensor(roots, device=heard.device))
 
 
 def search_on(listeners: Sequence[Streaming], frames: Frames, row: Row, decisions: list[list[Decision]]) -> Row:
@@ -278,14 +317,15 @@ def search_on(listeners: Sequence[Streaming], frames: Frames, row: Row, decision
         n.append(one.safe(best[i][0], agreed[i], read[i], counts[i][0]))
         decision = one.decide(best[i][0], n[i])
         decisions[i] += [] if decision is None else [decision]
-    quiet, since, spoke = torch.tensor(counts).unbind(1)
-    return Row(row.stream, search.commit(beam, torch.tensor(n)), quiet, since, spoke)
+    quiet, since, spoke = torch.tensor(counts, device=frames.mask.device).unbind(1)
+    return Row(row.stream, search.commit(beam, torch.tensor(n, device=quiet.device)), quiet, since, spoke)
 
 
 def between(frames: Frames, first: Sequence[int], last: Sequence[int]) -> Frames:
     """The frames from `first` [B] to before `last` [B] of each row; the others are not there."""
-    at = torch.arange(frames.mask.shape[1])
-    inside = (at >= torch.tensor(first)[:, None]) & (at < torch.tensor(last)[:, None])
+    low, high = torch.tensor([first, last], device=frames.mask.device)[..., None]
+    at = torch.arange(frames.mask.shape[1], device=frames.mask.device)
+    inside = (at >= low) & (at < high)
     return Frames.of(frames.values, frames.mask & inside)
 
 
@@ -299,5 +339,7 @@ def restarted(
         decision = listeners[i].closing(best[0], counts[i][2] > 0)
         decisions[i] += [] if decision is None else [decision]
         counts[i][1:] = 0, 0
-    fresh: Beam = tree.where(torch.tensor(over), replace(search.start(frames), frames=beam.frames), beam)
+    fresh: Beam = tree.where(
+        torch.tensor(over, device=frames.mask.device), started(listeners, frames, beam.frames), beam
+    )
     return fresh

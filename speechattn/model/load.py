@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from speechattn.errors import ModelError
+from speechattn.model.folder import CONFIG, is_model, load_folder
+from speechattn.model.recognizer import Recognizer
 from speechattn.pretrained.whisper import WhisperModel, load
 
 __all__ = ["DTYPES", "load_model"]
@@ -17,7 +19,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
 def load_model(
     name: str | Path = "tiny.en", *, device: str = "cpu", dtype: str = "float32", language: str | None = None,
     task: str | None = None, pad_s: float | None = None,
-) -> WhisperModel:  # fmt: skip
+) -> Recognizer | WhisperModel:  # fmt: skip
     """A model by name (`tiny.en`, `large-v3`) or path; ModelError says what was looked for and what to do.
 
     A folder that `save_model` wrote is a `Recognizer`; everything else is a Whisper. `task` (transcribe or translate)
@@ -30,4 +32,15 @@ def load_model(
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    return load(str(name), device=place, dtype=DTYPES[dtype], language=language, task=task or "transcribe", pad_s=pad_s)
+    path = Path(name).expanduser()
+    if not is_model(path):
+        return load(
+            str(name), device=place, dtype=DTYPES[dtype], language=language, task=task or "transcribe", pad_s=pad_s
+        )
+    for option, value in (("task", task), ("pad_s", pad_s)):
+        if value not in (None, "transcribe"):
+            raise ModelError(f"{path / CONFIG}: {option} {value} belongs to Whisper; this model has no such setting")
+    model = load_folder(path)
+    if language not in (None, model.language):
+        raise ModelError(f"{path / CONFIG}: this model knows {model.language or 'one language'}, not {language}")
+    return model.to(place).cast(DTYPES[dtype])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from speechattn.frames import Frames
+from speechattn.search.phrases import Phrases
 from speechattn.tree import node
 
 __all__ = ["Beam", "Hypothesis", "Prefixes", "Search"]
@@ -144,10 +145,19 @@ class Search:
     """
 
     size: int = 1  # hypotheses kept
+    phrases: Phrases | None = None  # that are preferred
 
     def start(self, x: Frames) -> Beam:
         """Nothing said, for the rows, type and device of `x` [B, T, D]; its frames are not read."""
         raise NotImplementedError
+
+    def start_at(self, x: Frames, heard: Tensor) -> Beam:
+        """The same where `heard` [B] frames of the stream went before, which nobody remembers."""
+        return replace(self.start(x), frames=heard)
+
+    def bias(self, beam: Beam, root: int | Tensor) -> Beam:
+        """The hypotheses of every row, or of row b by `root` [B], go over to another set of `phrases`."""
+        raise ValueError(f"{type(self).__name__} takes no phrases")
 
     def step(self, x: Frames, beam: Beam) -> Beam:
         """Read the next frames [B, T, D]. `beam` is consumed."""

@@ -14,10 +14,16 @@ class Headed(Search):
     """`search` over `head(x)` in place of x: of CTC's log-probabilities, say."""
 
     def __init__(self, head: nn.Module, search: Search) -> None:
-        self.head, self.inner, self.size = head, search, search.size
+        self.head, self.inner, self.size, self.phrases = head, search, search.size, search.phrases
 
     def start(self, x: Frames) -> Beam:
         return self.inner.start(self.head(x[:0]))
+
+    def start_at(self, x: Frames, heard: Tensor) -> Beam:
+        return self.inner.start_at(self.head(x[:0]), heard)
+
+    def bias(self, beam: Beam, root: int | Tensor) -> Beam:
+        return self.inner.bias(beam, root)
 
     def step(self, x: Frames, beam: Beam) -> Beam:
         return self.inner.step(self.head(x), beam)

@@ -30,7 +30,7 @@ class Scorer(Protocol):
         """Encoder frames [B, T, D] more."""
 
     def score(self, state: Any, candidates: Tensor | None) -> tuple[Tensor, Any]:
-        """Every token's score [B, K, V], where `partial` that of the `candidates` [B, K, C]; and the state behind it."""
+        """Every token's score [B, K, V] or the `candidates`' [B, K, C] where `partial`; and the state behind it."""
 
     def extend(self, state: Any, parents: Tensor, tokens: Tensor) -> Any:
         """From the state that `score` gave: hypothesis j of a row is that of `parents` [B, K'] and says `tokens`."""

@@ -1,0 +1,122 @@
+"""A recogniser that streams: front-end, encoder, heads, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speechattn.audio.resample import Samples
+from speechattn.decoder.ctc import CTC
+from speechattn.errors import InputError, ModelError
+from speechattn.frames import Frames
+from speechattn.live.transcript import Transcript, transcribe
+from speechattn.model.searches import SEARCHES, possible
+from speechattn.search import Search
+from speechattn.search.phrases import Phrases
+from speechattn.stream import Pointwise, Serial, Stream
+from speechattn.text.pieces import Pieces
+
+__all__ = ["Recognizer"]
+
+HEADS = {head for kind in SEARCHES.values() for head in kind.needs}
+SPIKE = 0.1  # a label less probable than this is none (arXiv 2107.07509, section 3)
+
+
+class Cast(nn.Module):
+    """To the type of the encoder's weights; they are not a part of this."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = (encoder,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [B, T, F]."""
+        return x.to(next(self.encoder[0].parameters()).dtype)
+
+
+class Recognizer(nn.Module):
+    """Sound -> words. `heads` are those of `ctc`, `attention` and `transducer` that it has.
+
+    Every search works on the frames of `listening`, which is front-end and encoder one after the other; so whoever
+    has one of the heads can recognise, live and offline, with the same code.
+    """
+
+    def __init__(
+        self, front_end: Stream, encoder: Stream, heads: Mapping[str, nn.Module], tokenizer: Pieces, *,
+        sample_rate: int = 16000, language: str | None = None, spaceless: bool = False,
+        config: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        unknown = sorted(heads.keys() - HEADS)
+        if unknown or not heads:
+            raise ModelError(f"heads: {', '.join(unknown) or 'none'}; wanted one of {', '.join(sorted(HEADS))}")
+        self.front_end, self.encoder, self.heads = front_end, encoder, nn.ModuleDict(heads)
+        body = Serial(front_end=front_end, cast=Pointwise(Cast(encoder)), encoder=encoder)
+        self.body = (body,)  # in a tuple: its weights have names already
+        self.tokenizer, self.config = tokenizer, config
+        self.sample_rate, self.language, self.spaceless = sample_rate, language, spaceless
+
+    @property
+    def listening(self) -> Stream:
+        """Samples [B, N] -> encoder frames [B, T, D]."""
+        return self.body[0]
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds of sound for each frame of the encoder."""
+        return float(1 / (self.listening.plan().ratio * self.sample_rate))
+
+    @property
+    def ctc(self) -> CTC:
+        """The CTC head; InputError where there is none."""
+        head = self.heads["ctc"] if "ctc" in self.heads else None
+        if not isinstance(head, CTC):
+            raise InputError(f"this needs a CTC head; the model has {', '.join(self.heads)}")
+        return head
+
+    def cast(self, dtype: torch.dtype) -> Recognizer:
+        """Weights of this type; the front-end is never less exact than float32."""
+        self.to(dtype)
+        self.front_end.to(dtype if dtype == torch.float64 else torch.float32)
+        return self
+
+    def sound(self, samples: Samples) -> Tensor:
+        """Samples [N] where the front-end is, and as exact [1, N]."""
+        like = next(self.encoder.parameters())
+        exact = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.from_numpy(samples)[None].to(like.device, exact)
+
+    def search(
+        self, kind: str | None = None, *, beam_size: int = 10, phrases: Sequence[str] | None = None, bonus: float = 1.5
+    ) -> Search:
+        """A search over encoder frames: `transducer`, `joint` (CTC and attention) or `ctc`; None: what the heads allow.
+
+        `phrases` are preferred by `bonus`, a log-probability for each token; with an empty list there are none yet,
+        and a session can `prefer` some later. InputError for what cannot be done.
+        """
+        known = possible(self.heads)
+        kind = known[0] if kind is None and known else str(kind)
+        if kind not in known:
+            raise InputError(f"search {kind}: this model's heads allow {', '.join(known) or 'none'}")
+        if beam_size < 1:
+            raise InputError(f"beam size {beam_size}: at least 1")
+        book = None
+        if phrases is not None:
+            book = Phrases.from_text(phrases, self.tokenizer, bonus=bonus, vocab=self.tokenizer.size)
+        return SEARCHES[kind].make(self.heads, self.tokenizer, beam_size, book)
+
+    def blank(self, frames: Frames) -> Tensor:
+        """Where nothing is said [B, T] bool, as the CTC head hears it; without one, nowhere."""
+        if "ctc" not in self.heads:
+            return torch.zeros_like(frames.mask)
+        best, label = self.ctc(frames).values.max(-1)
+        nothing: Tensor = (label == self.ctc.blank) | (best.exp() < SPIKE)
+        return nothing
+
+    def transcribe(self, sound: str | Path | Samples, **options: Any) -> Transcript:
+        """The words of a recording (a path, or samples at the model's rate); `options` are those of `Session`."""
+        return transcribe(self, sound, **options)

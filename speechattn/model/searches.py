@@ -1,0 +1,85 @@
+"""Which searches the heads of a model allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from speechattn.errors import ModelError
+from speechattn.search import Search
+from speechattn.search.attention import AttentionScorer
+from speechattn.search.ctc import CTCGreedy, CTCPrefixBeam
+from speechattn.search.ctc_prefix import CTCPrefixScorer
+from speechattn.search.headed import Headed
+from speechattn.search.joint import JointBeam
+from speechattn.search.phrases import Phrases, PhraseScorer
+from speechattn.search.transducer import TransducerBeam, TransducerGreedy
+from speechattn.text.pieces import Pieces
+
+__all__ = ["SEARCHES", "Kind", "possible"]
+
+CTC_WEIGHT = 0.3
+
+
+class Kind(Protocol):
+    """One way to search."""
+
+    needs: tuple[str, ...]  # heads
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """The search over encoder frames."""
+
+
+class ByCTC:
+    """Prefixes of the CTC head alone."""
+
+    needs: tuple[str, ...] = ("ctc",)
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """Greedy where there is one hypothesis and nothing to prefer."""
+        head = heads["ctc"]
+        greedy = size == 1 and phrases is None
+        search = CTCGreedy(blank=head.blank) if greedy else CTCPrefixBeam(size, blank=head.blank, phrases=phrases)
+        return Headed(head, search)
+
+
+class ByTransducer:
+    """Frame by frame with the label encoder."""
+
+    needs: tuple[str, ...] = ("transducer",)
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """Greedy where there is one hypothesis and nothing to prefer."""
+        head = heads["transducer"]
+        if size == 1 and phrases is None:
+            return TransducerGreedy(head)
+        return TransducerBeam(head, size, phrases=phrases)
+
+
+class Jointly:
+    """Label by label with attention and the prefixes of CTC, block by block."""
+
+    needs: tuple[str, ...] = ("ctc", "attention")
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """With CTC's usual weight."""
+        end = tokenizer.end
+        if end is None:
+            raise ModelError("a model with an attention head needs <sos/eos> as the last of its tokens")
+        scorers: list[Any] = [
+            (1 - CTC_WEIGHT, AttentionScorer(heads["attention"], end, end)),
+            (CTC_WEIGHT, CTCPrefixScorer(heads["ctc"], end)),
+        ]
+        if phrases is not None:
+            scorers.append((1.0, PhraseScorer(phrases)))
+        return JointBeam(scorers, size, eos=end, block=16)
+
+
+SEARCHES: Mapping[str, Kind] = {"transducer": ByTransducer(), "joint": Jointly(), "ctc": ByCTC()}
+
+
+def possible(heads: nn.ModuleDict) -> Sequence[str]:
+    """The names of those that the heads allow, the best first."""
+    return [name for name, kind in SEARCHES.items() if all(head in heads for head in kind.needs)]
