@@ -27,8 +27,9 @@ from speechattn.audio.hearing import hear
 from speechattn.data.fotaq import Line, default_folder, prepare, read_split
 from speechattn.data.streams import Stream, join, read_word_ends
 from speechattn.live.listener import WindowModel as Model
-from speechattn.live.windowed import FRAME_THRESHOLD, Settings
+from speechattn.live.windowed import Settings
 from speechattn.policy import Policy
+from speechattn.pretrained.whisper.load import FRAME_THRESHOLD
 from speechattn.score.calibration import calibration, word_marks
 from speechattn.score.lag import measure_lag
 from speechattn.score.wer import WordErrors, bootstrap, word_errors

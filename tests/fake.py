@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from speechattn.frames import Frames, Memory
+from speechattn.policy import Policy
+from speechattn.policy.align_att import AlignAtt
 from speechattn.search import Draft
 from speechattn.stream import Sliding, Stream
 
@@ -58,6 +60,9 @@ class FakeModel:
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     encoded: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
+
+    def policy(self) -> Policy:
+        return AlignAtt.whisper(self.alignment_heads)
 
     def encode(self, features: Tensor, *, samples: int, start: int = 0, finished: bool = False) -> Memory:
         self.encoded.append(samples)

@@ -52,6 +52,9 @@ class Speller:
     size: int = 4
     phrases: Phrases | None = None
 
+    def windowed(self) -> None:
+        return None
+
     def sound(self, samples: np.ndarray) -> Tensor:
         return torch.from_numpy(samples)[None]
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from speechattn.audio.vad import AlwaysSpeech, SileroVAD, VoiceActivity
 from speechattn.errors import InputError
+from speechattn.live.endings import StreamSettings
 from speechattn.live.listener import WindowModel
 from speechattn.live.session import Session
-from speechattn.live.streaming import Streaming, StreamSettings
-from speechattn.live.windowed import FRAME_THRESHOLD, Settings, Windowed
+from speechattn.live.streaming import Streaming
+from speechattn.live.windowed import Settings, Windowed
 from speechattn.model import Recognizer, load_model
 from speechattn.model.searches import SEARCHES
 from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
 from speechattn.policy.local_agreement import LocalAgreement
 from speechattn.pretrained.whisper import WhisperModel
+from speechattn.pretrained.whisper.load import FRAME_THRESHOLD
 
 __all__ = ["add_model_options", "add_session_options", "build_model", "build_session", "resolved"]
 
@@ -82,13 +85,16 @@ def build_session(
     options: argparse.Namespace, model: Recognizer | WhisperModel, *, offline: bool = False
 ) -> Session:  # fmt: skip
     """A session as the options say; InputError for those that this kind of model does not have."""
-    streams = isinstance(model, Recognizer)
-    refuse(options, WINDOWS if streams else STREAMS, "streams" if streams else "reads windows of sound")
-    if isinstance(model, Recognizer):
+    reader = model.windowed() if isinstance(model, Recognizer) and model.listening.plan().block is None else model
+    if isinstance(reader, Recognizer):
+        refuse(options, WINDOWS, "streams")
         if offline:
             raise InputError("--offline changes nothing for a model that streams: it hears live what it hears offline")
-        return build_stream(options, model)
-    return build_window(options, model, offline=offline)
+        return build_stream(options, reader)
+    if reader is None:
+        raise InputError(f"{options.model}: an encoder that needs whole utterances, and no attention decoder to follow")
+    refuse(options, STREAMS, "reads windows of sound")
+    return build_window(options, reader, offline=offline)
 
 
 def refuse(options: argparse.Namespace, names: Sequence[str], kind: str) -> None:
@@ -148,7 +154,12 @@ def build_policy(options: argparse.Namespace, model: WindowModel) -> Policy:
     if name == "local-agreement":
         return LocalAgreement()
     if name == "alignatt":
-        return AlignAtt.whisper(model.alignment_heads, FRAME_THRESHOLD if threshold is None else threshold)
+        usual = model.policy()
+        return (
+            replace(usual, frame_threshold=threshold)
+            if threshold is not None and isinstance(usual, AlignAtt)
+            else usual
+        )
     layers, heads = model.decoder_size
     layer = layers // 2 if layer is None else layer
     if not 0 <= layer < layers:

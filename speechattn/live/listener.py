@@ -16,6 +16,7 @@ from speechattn.audio.resample import Samples
 from speechattn.decoder.attention import Head
 from speechattn.frames import Frames, Memory
 from speechattn.live.events import Word
+from speechattn.policy import Policy
 from speechattn.search import Draft, Search
 from speechattn.stream import Stream
 
@@ -63,6 +64,9 @@ class StreamModel(Model, Protocol):
     def listening(self) -> Stream:
         """Samples [B, N] -> encoder frames [B, T, D]."""
 
+    def windowed(self) -> WindowModel | None:
+        """The same model, where its encoder cannot stream but an attention decoder can follow it."""
+
     def sound(self, samples: Samples) -> Tensor:
         """Samples [N] as `listening` wants them [1, N]."""
 
@@ -76,6 +80,9 @@ class StreamModel(Model, Protocol):
 @runtime_checkable
 class WindowModel(Model, Protocol):
     """Sound in, memory and drafts out: `front_end`, `encode`, `draft`."""
+
+    def policy(self) -> Policy:
+        """How much of a draft is safe, where nobody says."""
 
     max_s: float  # the longest piece of sound it can encode
     alignment_heads: tuple[Head, ...]

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from speechattn.errors import InputError
+from speechattn.live.endings import StreamSettings
 from speechattn.live.events import Event
 from speechattn.live.listener import StreamModel
 from speechattn.live.session import Session
-from speechattn.live.streaming import Streaming, StreamSettings, listen
+from speechattn.live.streaming import Streaming, listen
 from speechattn.search import Search
 from speechattn.search.phrases import Hits
 

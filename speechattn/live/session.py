@@ -13,9 +13,10 @@ import numpy as np
 from speechattn.audio.resample import Resampler, to_mono
 from speechattn.audio.vad import VoiceActivity
 from speechattn.errors import InputError
+from speechattn.live.endings import StreamSettings
 from speechattn.live.events import Event, Word
 from speechattn.live.listener import Decision, Listener, StreamModel, WindowModel
-from speechattn.live.streaming import Streaming, StreamSettings
+from speechattn.live.streaming import Streaming
 from speechattn.live.windowed import Settings, Windowed
 from speechattn.policy import Policy
 from speechattn.search import Search
@@ -28,7 +29,12 @@ def listener(
     model: StreamModel | WindowModel, *, policy: Policy | None = None,
     settings: Settings | StreamSettings | None = None, vad: VoiceActivity | None = None, search: Search | None = None,
 ) -> Listener:  # fmt: skip
-    """Who listens with this kind of model; InputError for what the kind cannot honour."""
+    """Who listens with this kind of model; InputError for what the kind cannot honour.
+
+    A model that could stream but for its encoder's span (see `set_span`) listens in windows, if it can.
+    """
+    if isinstance(model, StreamModel) and model.listening.plan().block is None:
+        model = model.windowed() or model
     if isinstance(model, StreamModel):
         if vad is not None:
             raise InputError("this model hears by itself where nobody speaks: it takes no voice detection")

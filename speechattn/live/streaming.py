@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, exp
 from typing import Any
 
@@ -15,6 +15,7 @@ from speechattn import tree
 from speechattn.audio.resample import Samples
 from speechattn.errors import InputError
 from speechattn.frames import Frames
+from speechattn.live.endings import Limits, StreamSettings
 from speechattn.live.events import Word
 from speechattn.live.listener import Decision, StreamModel
 from speechattn.live.report import Report
@@ -23,35 +24,7 @@ from speechattn.search import Beam, Draft, Hypothesis, Search
 from speechattn.text.pieces import spelled
 from speechattn.tree import node
 
-__all__ = ["StreamSettings", "Streaming", "listen"]
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """How a session listens without voice detection; times in seconds.
-
-    After `pause_s` in which nothing is said the last word is whole. After `silence_s` the utterance ends: all of it is
-    committed and the search begins anew, but not before `guard_s` since the last time (arXiv 2107.07509, section 3).
-    An utterance of `longest_s` ends at the next pause, of twice that between two labels.
-
-    Words are committed when hypotheses with a share of `certainty` of the beam's probability agree on them, and
-    `patience_s` after they were said as the best hypothesis has them.
-    """
-
-    pause_s: float = 0.24
-    silence_s: float = 0.6
-    guard_s: float = 0.0
-    longest_s: float = 30.0
-    patience_s: float = 2.0
-    certainty: float = 0.95
-
-    def __post_init__(self) -> None:
-        least_s = {"pause_s": 0.04, "silence_s": 0.04, "guard_s": 0.0, "longest_s": 1.0, "patience_s": 0.0}
-        for name, least in least_s.items():
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name} is {getattr(self, name)}: at least {least} s are needed")
-        if not 0.5 <= self.certainty <= 1:
-            raise InputError(f"certainty is {self.certainty}: from 0.5 to 1")
+__all__ = ["Streaming", "listen"]
 
 
 @node
@@ -66,40 +39,6 @@ class Row:
     quiet: Tensor
     since: Tensor
     spoke: Tensor
-
-
-@dataclass
-class Limits:
-    """Settings in frames."""
-
-    pause: int
-    silence: int
-    guard: int
-    longest: int
-    patience: int
-
-    @classmethod
-    def of(cls, settings: StreamSettings, frame_s: float) -> Limits:
-        """At least one frame each."""
-        names = ("pause_s", "silence_s", "guard_s", "longest_s", "patience_s")
-        return cls(*(max(1, round(getattr(settings, name) / frame_s)) for name in names))
-
-    def until_end(self, nothing: list[bool], valid: list[bool], at: int, counts: list[int]) -> tuple[int, bool]:
-        """Count (quiet, since, spoke) on from frame `at` to where an utterance ends: behind which frame, and if.
-
-        Where nothing was said for so long the search begins anew as well: it has nothing to remember.
-        """
-        for t in range(at, len(valid)):
-            if not valid[t]:
-                continue
-            quiet, since, spoke = counts
-            quiet, since, spoke = (quiet + 1 if nothing[t] else 0), since + 1, spoke + (not nothing[t])
-            counts[:] = quiet, since, spoke
-            silent = quiet >= self.silence and since >= (self.guard if spoke else self.silence)
-            tired = since >= 4 * self.longest or (since >= 2 * self.longest and nothing[t])
-            if silent or tired or (since >= self.longest and quiet >= self.pause):
-                return t + 1, True
-        return len(valid), False
 
 
 class Streaming:

@@ -8,11 +8,11 @@ from pathlib import Path
 from speechattn.audio.read import open_recording
 from speechattn.audio.resample import Samples
 from speechattn.audio.vad import VoiceActivity
+from speechattn.live.endings import StreamSettings
 from speechattn.live.events import Event, Word
 from speechattn.live.formats import Segment, segments
 from speechattn.live.listener import StreamModel, WindowModel
 from speechattn.live.session import Session
-from speechattn.live.streaming import StreamSettings
 from speechattn.live.windowed import Settings
 from speechattn.policy import Policy
 from speechattn.search import Search

@@ -14,11 +14,9 @@ from speechattn.errors import InputError
 from speechattn.live.listener import Decision, WindowModel
 from speechattn.live.utterance import Utterance
 from speechattn.policy import Policy
-from speechattn.policy.align_att import AlignAtt
 
-__all__ = ["FRAME_THRESHOLD", "Settings", "Windowed"]
+__all__ = ["Settings", "Windowed"]
 
-FRAME_THRESHOLD = 20  # frames of 20 ms: with looks at pauses, as accurate as the 25 of the preset and faster
 SPARE_S = 1.5  # of the longest input: silence behind the speech, and the sound since the last look
 
 
@@ -55,7 +53,7 @@ class Windowed:
         vad: VoiceActivity | None = None,
     ) -> None:  # fmt: skip
         self.model = model
-        self.policy: Policy = policy or AlignAtt.whisper(model.alignment_heads, FRAME_THRESHOLD)
+        self.policy: Policy = policy or model.policy()
         self.settings = settings or Settings()
         self.limit_s = model.max_s - SPARE_S
         if self.settings.max_window_s > self.limit_s:

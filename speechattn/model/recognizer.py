@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from speechattn.audio.resample import Samples
+from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
 from speechattn.errors import InputError, ModelError
 from speechattn.frames import Frames
 from speechattn.live.transcript import Transcript, transcribe
 from speechattn.model.searches import SEARCHES, possible
+from speechattn.model.window import WindowRecognizer
 from speechattn.search import Search
 from speechattn.search.phrases import Phrases
 from speechattn.stream import Pointwise, Serial, Stream
@@ -73,7 +75,7 @@ class Recognizer(nn.Module):
     @property
     def ctc(self) -> CTC:
         """The CTC head; InputError where there is none."""
-        head = self.heads["ctc"] if "ctc" in self.heads else None
+        head = dict(self.heads).get("ctc")
         if not isinstance(head, CTC):
             raise InputError(f"this needs a CTC head; the model has {', '.join(self.heads)}")
         return head
@@ -116,6 +118,16 @@ class Recognizer(nn.Module):
         best, label = self.ctc(frames).values.max(-1)
         nothing: Tensor = (label == self.ctc.blank) | (best.exp() < SPIKE)
         return nothing
+
+    def windowed(self) -> WindowRecognizer | None:
+        """How this model listens while its encoder needs the whole utterance: with its attention decoder, if any."""
+        decoder, end = dict(self.heads).get("attention"), self.tokenizer.end
+        if not isinstance(decoder, AttentionDecoder) or end is None:
+            return None
+        return WindowRecognizer(
+            self.front_end, self.encoder, decoder, self.tokenizer, end=end, sample_rate=self.sample_rate,
+            spaceless=self.spaceless, never=sorted(self.tokenizer.special - {end}),
+        )  # fmt: skip
 
     def transcribe(self, sound: str | Path | Samples, **options: Any) -> Transcript:
         """The words of a recording (a path, or samples at the model's rate); `options` are those of `Session`."""

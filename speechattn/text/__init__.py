@@ -1,3 +1,5 @@
 """Tokens, words and normalised text."""
 
-__all__: list[str] = []
+from speechattn.text.pieces import Phrase, Pieces, spelled
+
+__all__ = ["Phrase", "Pieces", "spelled"]

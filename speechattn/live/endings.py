@@ -1,0 +1,71 @@
+"""When an utterance ends, and when a word is certain, where no voice detection says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from speechattn.errors import InputError
+
+__all__ = ["Limits", "StreamSettings"]
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a session listens without voice detection; times in seconds.
+
+    After `pause_s` in which nothing is said the last word is whole. After `silence_s` the utterance ends: all of it is
+    committed and the search begins anew, but not before `guard_s` since the last time (arXiv 2107.07509, section 3).
+    An utterance of `longest_s` ends at the next pause, of twice that between two labels.
+
+    Words are committed when hypotheses with a share of `certainty` of the beam's probability agree on them, and
+    `patience_s` after they were said as the best hypothesis has them.
+    """
+
+    pause_s: float = 0.24
+    silence_s: float = 0.6
+    guard_s: float = 0.0
+    longest_s: float = 30.0
+    patience_s: float = 2.0
+    certainty: float = 0.95
+
+    def __post_init__(self) -> None:
+        least_s = {"pause_s": 0.04, "silence_s": 0.04, "guard_s": 0.0, "longest_s": 1.0, "patience_s": 0.0}
+        for name, least in least_s.items():
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name} is {getattr(self, name)}: at least {least} s are needed")
+        if not 0.5 <= self.certainty <= 1:
+            raise InputError(f"certainty is {self.certainty}: from 0.5 to 1")
+
+
+@dataclass
+class Limits:
+    """Settings in frames."""
+
+    pause: int
+    silence: int
+    guard: int
+    longest: int
+    patience: int
+
+    @classmethod
+    def of(cls, settings: StreamSettings, frame_s: float) -> Limits:
+        """At least one frame each."""
+        names = ("pause_s", "silence_s", "guard_s", "longest_s", "patience_s")
+        return cls(*(max(1, round(getattr(settings, name) / frame_s)) for name in names))
+
+    def until_end(self, nothing: list[bool], valid: list[bool], at: int, counts: list[int]) -> tuple[int, bool]:
+        """Count (quiet, since, spoke) on from frame `at` to where an utterance ends: behind which frame, and if.
+
+        Where nothing was said for so long the search begins anew as well: it has nothing to remember.
+        """
+        for t in range(at, len(valid)):
+            if not valid[t]:
+                continue
+            quiet, since, spoke = counts
+            quiet, since, spoke = (quiet + 1 if nothing[t] else 0), since + 1, spoke + (not nothing[t])
+            counts[:] = quiet, since, spoke
+            silent = quiet >= self.silence and since >= (self.guard if spoke else self.silence)
+            tired = since >= 4 * self.longest or (since >= 2 * self.longest and nothing[t])
+            if silent or tired or (since >= self.longest and quiet >= self.pause):
+                return t + 1, True
+        return len(valid), False

@@ -1,0 +1,102 @@
+"""Models that read a window of sound again at every look: any encoder with an attention decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from speechattn.decoder.attention import AttentionDecoder, DecoderState, Head
+from speechattn.frames import Frames, Memory
+from speechattn.live.listener import Tokens
+from speechattn.policy import Policy
+from speechattn.policy.align_att import AlignAtt
+from speechattn.search import Draft
+from speechattn.search.greedy import Greedy
+from speechattn.stream import Stream
+
+__all__ = ["Window", "WindowRecognizer"]
+
+LONGEST_S = 30.0
+
+
+class Window:
+    """A `WindowModel` but for its encoder: greedy search of an attention decoder over the memory of a window.
+
+    A subclass gives `encode`; `prompt` and `behind` where there is more to them.
+    """
+
+    sample_rate: int
+    frame_s: float
+    max_s: float
+    alignment_heads: tuple[Head, ...]
+    front_end: Stream
+    spaceless: bool
+
+    def __init__(self, decoder: AttentionDecoder, tokenizer: Tokens, search: Greedy) -> None:
+        self.decoder, self.tokenizer, self.greedy = decoder, tokenizer, search
+        self.decoder_size = len(decoder.layers), decoder.heads
+
+    def policy(self) -> Policy:
+        """How much of a draft is safe, where nobody says."""
+        raise NotImplementedError
+
+    def encode(self, features: Tensor, *, samples: int, start: int = 0, finished: bool = False) -> Memory:
+        """Features of so many `samples` and of the silence behind them, as `Hearing` reads them -> memory [1, T, D]."""
+        raise NotImplementedError
+
+    def prompt(self, memory: Memory, context: Sequence[int]) -> list[int]:
+        """What the decoder reads before the text; `context` was said before the memory begins."""
+        raise NotImplementedError
+
+    def behind(self) -> DecoderState | None:
+        """What the decoder finds behind the memory."""
+        return None
+
+    def draft(
+        self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),
+        heads: tuple[Head, ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
+    ) -> Draft:  # fmt: skip
+        """Continue `committed` over the memory, greedily."""
+        return self.greedy.draft(
+            memory, self.prompt(memory, context), committed, behind=self.behind(), guess=guess, heads=heads,
+            frames=frames, max_tokens=max_tokens, first=first,
+        )  # fmt: skip
+
+
+class WindowRecognizer(Window):
+    """A recogniser whose encoder needs the whole utterance, listening in windows with its attention decoder.
+
+    `end` is its start and end of sentence; tokens in `never` are not said. Words are placed by the heads of the middle
+    layer, and committed by AlignAtt (arXiv 2305.11408) on the same.
+    """
+
+    max_s = LONGEST_S
+
+    def __init__(
+        self, front_end: Stream, encoder: Stream, decoder: AttentionDecoder, tokenizer: Tokens, *, end: int,
+        sample_rate: int, spaceless: bool = False, never: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(decoder, tokenizer, Greedy(decoder, end, suppress=never))
+        self.front_end, self.encoder, self.end = front_end, encoder, end
+        self.sample_rate, self.spaceless = sample_rate, spaceless
+        self.ratio = front_end.plan().ratio
+        self.frame_s = float(1 / (self.ratio * encoder.plan().ratio * sample_rate))
+        layers, heads = self.decoder_size
+        self.alignment_heads = tuple((layers // 2, head) for head in range(heads))
+
+    def policy(self) -> Policy:
+        return AlignAtt.fbk(self.alignment_heads[0][0], len(self.alignment_heads))
+
+    @torch.inference_mode()
+    def encode(self, features: Tensor, *, samples: int, start: int = 0, finished: bool = False) -> Memory:
+        frames = min(ceil(samples * self.ratio), features.shape[1])
+        like = next(self.encoder.parameters())
+        x = features[:, :frames].to(like)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return Memory.of(self.encoder(Frames(x, mask)), start=start, finished=finished)
+
+    def prompt(self, memory: Memory, context: Sequence[int]) -> list[int]:
+        return [self.end, *context]
