@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench-live bench-encoder clean
+.PHONY: demo test test-all check bench-live bench-encoder bench-search clean
 
 demo: .venv/demo
 	$(BIN)/speechattn demo $(FILE) $(ARGS)
@@ -23,6 +23,10 @@ bench-live: .venv/demo
 
 bench-encoder: .venv/dev
 	$(BIN)/python benchmarks/encoder.py $(ARGS)
+
+bench-search: .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off 'flashlight-text>=0.0.7'
+	$(BIN)/python benchmarks/search.py $(ARGS)
 
 # --without-pip and pip's --python: works where Debian's python3-venv is not installed.
 .venv/bin/pip:

@@ -16,7 +16,9 @@ from speechattn.text.pieces import Pieces
 
 __all__ = ["CONFIG", "WEIGHTS", "from_config", "is_model", "load_folder", "save_model"]
 
-CONFIG, WEIGHTS, FORMAT = "config.yaml", "model.safetensors", 1
+CONFIG = "config.yaml"
+WEIGHTS = "model.safetensors"
+FORMAT = 1
 KEYS = {"format", "sample_rate", "language", "spaceless", "front_end", "encoder", "heads"}
 NEEDED = ("front_end", "encoder", "heads")
 

@@ -173,7 +173,7 @@ class Phrases:
     def __init__(self, phrases: Sequence[Sequence[int]] = (), *, bonus: float = 1.0, vocab: int) -> None:
         if vocab < 1:
             raise ValueError(f"a vocabulary of {vocab}")
-        self.bonus, self.vocab = bonus, vocab
+        self.bonus, self.vocab, self.version = bonus, vocab, 0  # of the sets: it grows with every change
         self._sets: dict[int, Trie] = {}
         self._arrays: dict[tuple[torch.device, torch.dtype], Arrays] = {}
         self.root = self.add(phrases)
@@ -198,12 +198,14 @@ class Phrases:
             root = at + len(other.depth)
         self._sets[root] = trie
         self._arrays.clear()
+        self.version += 1
         return root
 
     def remove(self, root: int) -> None:
         """Forget a set; its ids will be given to another. KeyError when `root` is none."""
         del self._sets[root]
         self._arrays.clear()
+        self.version += 1
 
     def start(self, rows: int, size: int, *, root: int | Tensor | None = None) -> Tensor:
         """Nodes [B, K] where nothing is said; `root`: of one set for all, or [B]; the first one.
