@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -29,6 +30,7 @@ from speechattn import tree
 from speechattn.attention import Relative, Rotary, SelfAttention, Span
 from speechattn.encoder import Conformer, Encoder, Transformer
 from speechattn.frames import Frames
+from speechattn.linear import product
 from speechattn.stream import Pointwise
 
 DIM, HEADS, INNER, DEPTH, CHUNK, LEFT = 256, 4, 2048, 12, 16, 64
@@ -132,7 +134,7 @@ class Multiplications(TorchDispatchMode):
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = f.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm", "baddbmm"):
+        if name in ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise"):
             self.seen.append((name, [x for x in args if isinstance(x, Tensor)]))
         elif "scaled_dot_product" in name:
             q, k, v = args[:3]
@@ -152,6 +154,8 @@ def multiplications(live: Live) -> Step:
         if name == "qk":
             q, k = (x.flatten(0, 1).contiguous() for x in fresh)
             rows.append((torch.bmm, [q, k.mT]))
+        elif name == "_linear_pointwise":
+            rows.append((partial(product, activation="none"), fresh))
         else:
             rows.append((getattr(torch, name), fresh))
 

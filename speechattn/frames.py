@@ -16,7 +16,17 @@ from torch.nn import functional as F
 
 from speechattn.tree import node
 
-__all__ = ["Frames", "Memory"]
+__all__ = ["Frames", "Memory", "known"]
+
+
+def known(x: Tensor) -> bool:
+    """Python may look at `x` and choose its way: no device to wait for, nothing that traces or transforms functions."""
+    return (
+        x.is_cpu
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 @node
@@ -34,7 +44,12 @@ class Frames:
 
     @classmethod
     def finite(cls, values: Tensor, mask: Tensor) -> Frames:
-        """As `of`, for values that are finite everywhere: by multiplication, which is several times faster."""
+        """As `of`, for values that are finite everywhere: by multiplication, which is several times faster.
+
+        Or as they are, where all frames are there, as mostly in a live stream.
+        """
+        if known(mask) and mask.all():
+            return cls(values, mask)
         wide = mask[..., None] if values.dim() == 3 else mask.view(*mask.shape, *[1] * (values.dim() - 2))
         return cls(values * wide, mask)
 

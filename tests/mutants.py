@@ -22,7 +22,7 @@ MUTANTS = {
     "validity read one frame late": (
         "stream/simple.py", "mask = z.mask[:, left : left", "mask = z.mask[:, left + 1 : left + 1"),
     "padding not masked behind the pointwise convolution": (
-        "stream/simple.py", "Frames.finite(self.f(x.values), x.mask)", "Frames(self.f(x.values), x.mask)"),
+        "stream/simple.py", "Frames.finite(run(self.f, x.values), x.mask)", "Frames(run(self.f, x.values), x.mask)"),
     "left context one frame short": ("attention/pattern.py", "k >= begin - self.left", "k > begin - self.left"),
     "chunk one frame long": ("attention/pattern.py", "k < begin + self.chunk", "k <= begin + self.chunk"),
     "positions one frame off": (

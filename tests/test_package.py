@@ -13,7 +13,7 @@ import speechattn
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    {"errors", "version", "frames", "tree"}, {"stream"}, {"audio", "attention", "text"}, {"encoder", "cross"},
+    {"errors", "version", "frames", "linear", "tree"}, {"stream"}, {"audio", "attention", "text"}, {"encoder", "cross"},
     {"decoder"}, {"search"}, {"policy"}, {"live"}, {"model", "pretrained", "terms", "multimodal"},
     {"task", "score", "data", "testing"}, {"cli"},
 ]  # fmt: skip

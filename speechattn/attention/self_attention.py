@@ -14,6 +14,7 @@ from speechattn.attention.pattern import Pattern, Span
 from speechattn.attention.position import Position
 from speechattn.attention.softmax import first_valid
 from speechattn.frames import Frames
+from speechattn.linear import run
 from speechattn.stream import Buffer, Plan, Planned
 from speechattn.tree import node
 
@@ -172,7 +173,7 @@ class SelfAttention(Spanned):
     def _project(self, x: Frames) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D] -> queries [B, T, D], keys and values [B, T, 2, G, D / H], mask; all by group."""
         b, frames = x.mask.shape
-        y = self.qkv(x.values if self.norm is None else self.norm(x.values))
+        y = run(self.qkv, x.values if self.norm is None else self.norm(x.values))
         q, kv, mask, group = y[..., : self.dim], y[..., self.dim :], x.mask[:, :: self.group], self.group
         shared, width = self.dim * self.key_heads // self.heads, self.dim * group // self.heads
         kv = kv.view(b, frames, 2, shared)
@@ -193,7 +194,7 @@ class SelfAttention(Spanned):
         k, v = keys.permute(2, 0, 3, 1, 4).unbind()
         backend = choose(q, self.span, self.position, self.backend)
         y = backend(q, k, v, pattern=self.span, valid=valid, position=self.position)
-        out: Tensor = self.out(y.transpose(1, 2).reshape(b, frames * self.group, self.dim))
+        out = run(self.out, y.transpose(1, 2).reshape(b, frames * self.group, self.dim))
         return F.dropout(out, self.dropout) if self.training else out
 
     def _sunk(self, past: Buffer, kept: Buffer, sinks: Buffer) -> Buffer:

@@ -14,6 +14,7 @@ from speechattn.attention.pattern import Pattern, Span
 from speechattn.attention.position import Position
 from speechattn.attention.self_attention import SelfAttention, Spanned
 from speechattn.frames import Frames
+from speechattn.linear import activated, run
 from speechattn.stream import Buffer, Plan, Pointwise, Residual, Serial, Sliding, Stream
 
 __all__ = ["ChunkDepthwise", "Conv2d", "Depthwise", "Every", "FeedForward", "Half", "Stack", "Subsample", "convolution",
@@ -122,8 +123,7 @@ class Every(Sliding):
         self.linear = nn.Linear(inputs, outputs)
 
     def windows(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x[:, :: self.block])
-        return y
+        return run(self.linear, x[:, :: self.block])
 
 
 class Subsample(Serial):
@@ -171,9 +171,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, T, D]."""
-        y = self.activation(self.widen(self.norm(x)))
+        y = activated(self.widen, self.activation, self.norm(x))
         if not self.training:
-            return self.narrow(y)  # type: ignore[no-any-return]
+            return run(self.narrow, y)
         return F.dropout(self.narrow(F.dropout(y, self.dropout)), self.dropout)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from speechattn.frames import Frames
+from speechattn.linear import run
 from speechattn.stream.contract import Buffer, Stream
 
 __all__ = ["Delay", "Pointwise", "Sliding", "delayed"]
@@ -25,7 +26,7 @@ class Pointwise(Stream):
         self.f = f[0] if len(f) == 1 else nn.Sequential(*f)
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
-        return Frames.finite(self.f(x.values), x.mask), state
+        return Frames.finite(run(self.f, x.values), x.mask), state
 
 
 class Delay(Stream):
@@ -80,7 +81,7 @@ class Sliding(Stream):
         stride, left = self.block or 1, self.kernel - 1 - self.right
         frames = x.mask.shape[1]
         z = state.append(x.values, x.mask)
-        mask = z.mask[:, left : left + frames : stride]
+        mask = z.mask[:, left : left + frames : stride] if stride > 1 or self.latency else x.mask
         if self.whole:
             mask = mask & z.mask[:, left + self.right : left + self.right + frames : stride]
         if frames:
