@@ -151,7 +151,7 @@ class Streaming:
 
     def safe(self, best: Hypothesis, agreed: int, frames: int, quiet: int) -> int:
         """Tokens of the best hypothesis that may be committed now: whole words."""
-        paused = quiet >= self.limits.pause
+        paused = quiet >= self.limits.pause and self.search.prompt
         if self.policy is not None:
             nothing = torch.zeros(0, len(best.tokens) + 1, frames)
             draft = Draft(

@@ -146,6 +146,7 @@ class Search:
 
     size: int = 1  # hypotheses kept
     phrases: Phrases | None = None  # that are preferred
+    prompt: bool = True  # its hypotheses say what was heard so far; else they may lag behind
 
     def start(self, x: Frames) -> Beam:
         """Nothing said, for the rows, type and device of `x` [B, T, D]; its frames are not read."""

@@ -14,7 +14,8 @@ class Headed(Search):
     """`search` over `head(x)` in place of x: of CTC's log-probabilities, say."""
 
     def __init__(self, head: nn.Module, search: Search) -> None:
-        self.head, self.inner, self.size, self.phrases = head, search, search.size, search.phrases
+        self.head, self.inner, self.size = head, search, search.size
+        self.phrases, self.prompt = search.phrases, search.prompt
 
     def start(self, x: Frames) -> Beam:
         return self.inner.start(self.head(x[:0]))
