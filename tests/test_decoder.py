@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 
 from speechattn import tree
 from speechattn.cross.soft import Soft
-from speechattn.decoder.attention import AttentionDecoder
+from speechattn.decoder.attention import AttentionDecoder, sinusoids
+from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
+from speechattn.pretrained.espnet.decoder import load_decoder
+from speechattn.search.attention import AttentionScorer
 from speechattn.search.greedy import Greedy
 
 DIM, HEADS = 8, 2
@@ -157,3 +161,139 @@ def test_committed_tokens_are_kept_and_their_word_is_not_continued() -> None:
     assert held[:1] != free[:1]
     begun = Greedy(net, end, suppress_next=free[:1]).draft(heard, [18, 4], [], max_tokens=6).tokens.tolist()
     assert begun == free
+
+
+def usual(vocab: int = 20) -> AttentionDecoder:
+    """Sinusoids, ReLU, an output layer."""
+    made = AttentionDecoder.usual(vocab, DIM, HEADS, 2, 12, context=40).double().eval()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return made.requires_grad_(False)
+
+
+def espnet_decoder(vocab: int, dim: int, depth: int = 2, inner: int = 12) -> tuple[Any, AttentionDecoder]:
+    """ESPnet's Transformer decoder with random weights, its table of positions as exact as ours, and ours with them."""
+    module = pytest.importorskip("espnet2.asr.decoder.transformer_decoder")
+    theirs = module.TransformerDecoder(vocab, dim, attention_heads=HEADS, linear_units=inner, num_blocks=depth).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    theirs.double()
+    mine = load_decoder(dict(theirs.state_dict()), HEADS)
+    theirs.embed[1].pe = mine.positions[None]
+    return theirs, mine
+
+
+def test_espnets_weights_give_espnets_scores() -> None:
+    theirs, mine = espnet_decoder(20, DIM)
+    heard, lengths = memory([6, 4]), torch.tensor([5, 3])
+    targets = torch.randint(19, (2, 5))
+    tokens = torch.cat([torch.full((2, 1), 19), targets], 1)
+    expected, _ = theirs(heard.frames.values, torch.tensor([6, 4]), tokens, lengths + 1)
+    scores, _, counts = mine.forced(mine.start(heard), targets, lengths, sos=19, eos=19)
+    torch.testing.assert_close(scores[counts], expected[counts], rtol=0, atol=1e-10)
+    last, _ = theirs.batch_score(tokens[:, :4], [None, None], heard.frames.values)  # which knows of no padding
+    alone = Memory.of(Frames(heard.frames.values, torch.ones_like(heard.frames.mask)))
+    hidden, _, _ = mine.step(tokens[:, :4], mine.start(alone))
+    torch.testing.assert_close(mine.logits(hidden[:, -1]).log_softmax(-1), last, rtol=0, atol=1e-10)
+
+
+def test_tensors_that_do_not_fit_are_named() -> None:
+    theirs, _ = espnet_decoder(20, DIM)
+    tensors = dict(theirs.state_dict())
+    with pytest.raises(ModelError, match=r"here.pth: tensors do not fit .* 1 unknown \(decoders.0.norm7.weight\)"):
+        load_decoder(tensors | {"decoders.0.norm7.weight": torch.zeros(3)}, HEADS, source="here.pth")
+    with pytest.raises(ModelError, match="is this a Transformer decoder"):
+        load_decoder({"decoders.0.norm1.weight": torch.zeros(3)}, HEADS)
+
+
+def test_sinusoids_turn_with_the_position() -> None:
+    table = sinusoids(50, 6).double()
+    assert table.shape == (50, 6)
+    assert table[0].tolist() == [0, 1, 0, 1, 0, 1]
+    torch.testing.assert_close(table[:, 2], (torch.arange(50).double() / 10000 ** (2 / 6)).sin(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(table[:, 1], torch.arange(50).double().cos(), rtol=0, atol=1e-6)
+
+
+def test_the_loss_is_smoothed_cross_entropy_of_the_text_and_its_end() -> None:
+    net, heard = usual(), memory([6, 4])
+    targets, lengths = torch.randint(19, (2, 5)), torch.tensor([5, 2])
+    targets[1, 2:] = -1  # padding is never read
+    found = net.losses(heard, targets, lengths, sos=18, eos=19, smoothing=0.1)
+    for row, n in enumerate(lengths.tolist()):
+        text = targets[row, :n].tolist()
+        alone = Memory.of(Frames(heard.frames.values[row : row + 1], heard.frames.mask[row : row + 1]))
+        hidden, _, _ = net.step(torch.tensor([[18, *text]]), net.start(alone))
+        log_probs = net.logits(hidden[0]).log_softmax(-1)
+        wanted = 0.1 / 20 * torch.ones_like(log_probs)
+        wanted[torch.arange(n + 1), torch.tensor([*text, 19])] += 0.9
+        assert found[row].item() == pytest.approx(-(wanted * log_probs).sum().item())
+    torch.testing.assert_close(net.loss(heard, targets, lengths, sos=18, eos=19), found.mean())
+    nobody = Memory.of(Frames(heard.frames.values[:0], heard.frames.mask[:0]))
+    assert net.loss(nobody, targets[:0], lengths[:0], sos=18, eos=19) == 0
+    empty = net.losses(heard, targets[:, :0], torch.tensor([0, 0]), sos=18, eos=19, smoothing=0.0)
+    assert empty.shape == (2,)
+
+
+def test_the_loss_teaches_and_dropout_is_for_training_alone() -> None:
+    torch.manual_seed(3)
+    net = AttentionDecoder.soft(6, 9, DIM, HEADS, 1, inner=12, dropout=0.2)
+    heard = Memory.of(Frames(torch.randn(2, 4, DIM), torch.ones(2, 4, dtype=torch.bool)))
+    targets, lengths = torch.tensor([[1, 2, 3], [3, 1, 0]]), torch.tensor([3, 2])
+    first, second = (net.losses(heard, targets, lengths, sos=5, eos=5) for _ in range(2))
+    assert not torch.equal(first, second)
+    net.eval()
+    first, second = (net.losses(heard, targets, lengths, sos=5, eos=5) for _ in range(2))
+    assert torch.equal(first, second)
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        net.losses(heard, targets, lengths, sos=5, eos=5, smoothing=0.0).sum().backward()
+        optimizer.step()
+    assert net.losses(heard, targets, lengths, sos=5, eos=5, smoothing=0.0).max() < 0.5
+
+
+def test_one_memory_serves_many_hypotheses() -> None:
+    net, heard = usual(), memory([6, 4])
+    tokens = torch.randint(20, (6, 5))
+    hidden, seen, _ = net.step(tokens, net.start(heard, beam=3), heads=((1, 0), (0, 1)))
+    copied = Memory.of(Frames(heard.frames.values.repeat_interleave(3, 0), heard.frames.mask.repeat_interleave(3, 0)))
+    expected, rows, _ = net.step(tokens, net.start(copied), heads=((1, 0), (0, 1)))
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(seen, rows, rtol=0, atol=1e-12)
+
+
+def test_a_memory_grows_and_memories_of_different_length_share_a_batch() -> None:
+    net, heard = usual(), memory([9])
+    tokens = torch.randint(20, (1, 3))
+    expected, _, _ = net.step(tokens, net.start(heard))
+    begun = net.start(Memory.of(heard.frames[:2]))
+    cross = begun.cross
+    for a, b in ((2, 2), (2, 7), (7, 9)):
+        cross = net.read(Memory.of(heard.frames[a:b]), cross)
+    grown, _, _ = net.step(tokens, type(begun)(begun.cache, cross))
+    torch.testing.assert_close(grown, expected, rtol=0, atol=1e-12)
+    both = tree.concat([type(begun)(begun.cache, cross), begun])
+    found, _, _ = net.step(tokens.expand(2, -1), both)
+    short, _, _ = net.step(tokens, begun)
+    torch.testing.assert_close(found, torch.cat([expected, short]), rtol=0, atol=1e-12)
+    assert tree.split(both.cross[0])[1].trimmed().mask.shape[1] == 2
+
+
+def test_hypotheses_are_scored_as_texts_and_move_with_their_caches() -> None:
+    net, heard = usual(), memory([7, 5])
+    scorer = AttentionScorer(net, 18, 19)
+    state = scorer.read(heard.frames, scorer.start(heard.frames))
+    state = scorer.select(state, torch.zeros(2, 3, dtype=torch.long))
+    said = [[[18] for _ in range(3)] for _ in range(2)]
+    for _ in range(4):
+        scores, after = scorer.score(state, None)
+        again, _ = scorer.score(state, None)  # a state that was scored is not spent
+        torch.testing.assert_close(again, scores, rtol=0, atol=0)
+        for b in range(2):
+            row = Memory.of(Frames(heard.frames.values[b : b + 1], heard.frames.mask[b : b + 1]))
+            for k in range(3):
+                hidden, _, _ = net.step(torch.tensor([said[b][k]]), net.start(row))
+                torch.testing.assert_close(scores[b, k], net.logits(hidden[0, -1]).log_softmax(-1), rtol=0, atol=1e-10)
+        parents, tokens = torch.randint(3, (2, 3)), torch.randint(18, (2, 3))
+        state = scorer.extend(after, parents, tokens)
+        said = [[[*said[b][parents[b, k]], int(tokens[b, k])] for k in range(3)] for b in range(2)]

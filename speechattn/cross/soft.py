@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from speechattn.cross import Attended
 from speechattn.frames import Memory
@@ -16,11 +18,37 @@ __all__ = ["Soft", "SoftState"]
 
 @node
 class SoftState:
-    """Projected memory: `key`, `value` [B, H, T, D/H], `mask` [B, T]."""
+    """Projected memory: `key`, `value` [B, H, T, D/H], `mask` [B, T].
+
+    Rows that have read more or less share a batch: the others have unused room in front.
+    """
 
     key: Tensor
     value: Tensor
     mask: Tensor
+
+    @staticmethod
+    def align(states: Sequence[SoftState]) -> list[SoftState]:
+        """The same with one number of frames."""
+        most = max(state.mask.shape[1] for state in states)
+
+        def grown(x: Tensor, room: int, time: list[int]) -> Tensor:
+            return F.pad(x, [*time, room, 0]) if room else x
+
+        return [
+            SoftState(grown(s.key, room, [0, 0]), grown(s.value, room, [0, 0]), grown(s.mask, room, []))
+            for s in states
+            for room in (most - s.mask.shape[1],)
+        ]
+
+    def trimmed(self) -> SoftState:
+        """Without the frames in front that no row has."""
+        if not self.mask.numel() or bool(self.mask[:, 0].any()):
+            return self
+        there = self.mask.any(0)
+        first = int(there.long().argmax()) if bool(there.any()) else len(there)
+        return SoftState(*(x.narrow(time, first, len(there) - first).clone() for x, time in
+                           ((self.key, 2), (self.value, 2), (self.mask, 1))))  # fmt: skip
 
     def then(self, other: SoftState, skip: int) -> SoftState:
         """These frames, and behind them those of `other` (of one row or as many) without its first `skip`."""
@@ -44,7 +72,7 @@ class Soft(nn.Module):
         self.key = nn.Linear(dim, dim, bias=key_bias)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.heads, x.shape[-1] // self.heads).transpose(1, 2)
 
     def read(self, memory: Memory) -> SoftState:
         """Keys and values of every frame of the memory [B, T, D]."""
@@ -52,10 +80,25 @@ class Soft(nn.Module):
         return SoftState(self._split(self.key(x.values)), self._split(self.value(x.values)), x.mask)
 
     def attend(self, query: Tensor, state: SoftState) -> tuple[Attended, SoftState]:
-        """`query` [B, U, D] -> what it saw; the state does not change."""
+        """`query` [B, U, D] -> what it saw; the state does not change.
+
+        With K times as many rows as the state has, row b * K + k looks at memory b, which is not copied for it.
+        """
+        if len(query) != len(state.mask):
+            return self._shared(query, state), state
         q = self._split(self.query(query)) / sqrt(query.shape[-1] // self.heads)
         valid = state.mask[:, None, None]
         scores = (q @ state.key.transpose(-1, -2)).masked_fill(~valid, -torch.inf)
         weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).masked_fill(~valid, 0.0).to(q.dtype)
         context = self.out((weights @ state.value).transpose(1, 2).flatten(2))
         return Attended(context, weights, weights, weights.new_zeros(weights.shape[:3], dtype=torch.bool)), state
+
+    def _shared(self, query: Tensor, state: SoftState) -> Attended:
+        """The K * U queries of a memory side by side: to soft attention they are nothing but queries."""
+        n, tokens, rows = len(query), query.shape[1], len(state.mask)
+        seen, _ = self.attend(query.reshape(rows, n // rows * tokens, -1), state)
+        weights = (
+            seen.weights.view(rows, self.heads, n // rows, tokens, state.mask.shape[1]).transpose(1, 2).flatten(0, 1)
+        )
+        waiting = weights.new_zeros(weights.shape[:3], dtype=torch.bool)
+        return Attended(seen.context.reshape(n, tokens, -1), weights, weights, waiting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import log, sqrt
 from typing import Any
 
 import torch
@@ -13,17 +14,34 @@ from torch.nn import functional as F
 from speechattn.attention.pattern import Span
 from speechattn.attention.self_attention import AttentionState, SelfAttention
 from speechattn.cross import CrossAttention
+from speechattn.cross.soft import Soft
 from speechattn.frames import Frames, Memory
 from speechattn.tree import node
 
-__all__ = ["AttentionDecoder", "DecoderState", "Head"]
+__all__ = ["AttentionDecoder", "DecoderState", "Head", "learned", "sinusoids"]
 
 Head = tuple[int, int]  # (decoder layer, head in that layer), both from 0
 
 
+def learned(context: int, dim: int) -> Tensor:
+    """A trained row for each position [context, D]."""
+    return nn.Parameter(torch.zeros(context, dim))
+
+
+def sinusoids(context: int, dim: int) -> Tensor:
+    """Sines in the even features and cosines in the odd ones [context, D] (arXiv 1706.03762, section 3.5)."""
+    rates = torch.exp(torch.arange(0, dim, 2, device="cpu").double() * (-log(10000.0) / dim))
+    angles = torch.arange(context, device="cpu").double()[:, None] * rates
+    table = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+    return table[:, :dim].to(torch.get_default_dtype())
+
+
 @node
 class DecoderState:
-    """One hypothesis per row: `cache` holds each layer's keys and values, `cross` what each layer read."""
+    """One hypothesis per row: `cache` holds each layer's keys and values, `cross` what each layer read.
+
+    The cache may have K rows for each row of the memory: then row b * K + k is hypothesis k over memory b.
+    """
 
     cache: tuple[AttentionState, ...]
     cross: tuple[Any, ...]
@@ -41,24 +59,35 @@ class DecoderState:
 class DecoderLayer(nn.Module):
     """Self attention, cross attention, feed-forward; each behind its own norm and added to its input."""
 
-    def __init__(self, dim: int, heads: int, inner: int, cross: CrossAttention) -> None:
+    def __init__(
+        self, dim: int, heads: int, inner: int, cross: CrossAttention, *,
+        activation: Callable[[], nn.Module] = nn.GELU, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.self_norm, self.cross_norm, self.ff_norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attention = SelfAttention(dim, heads, Span.causal())
+        self.self_attention = SelfAttention(dim, heads, Span.causal(), dropout=dropout)
         self.cross = cross
-        self.ff = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))
+        bent = nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
+        self.ff = nn.Sequential(nn.Linear(dim, inner), bent, nn.Linear(inner, dim))
+        self.dropout = dropout
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def forward(self, x: Tensor, cache: AttentionState, cross: Any) -> tuple[Tensor, Tensor, AttentionState, Any]:
         """`x` [B, U, D] -> the same shape, the alignment [B, H, U, T], and the two states."""
         y, cache = self.self_attention.step(Frames(self.self_norm(x), x.new_ones(x.shape[:2], dtype=torch.bool)), cache)
         x = x + y.values
         seen, cross = self.cross.attend(self.cross_norm(x), cross)
-        x = x + seen.context
-        return x + self.ff(self.ff_norm(x)), seen.alignment, cache, cross
+        x = x + self._dropped(seen.context)
+        return x + self._dropped(self.ff(self.ff_norm(x))), seen.alignment, cache, cross
 
 
 class AttentionDecoder(nn.Module):
-    """Token embeddings and learned positions through `depth` layers; the output shares the embedding's weights.
+    """Token embeddings and a row for each position through `depth` layers (arXiv 1706.03762, section 3.1; pre-norm).
+
+    `positions` makes the table: `learned`, or `sinusoids`, where embeddings are multiplied by `scale`, the root of D.
+    Without an `output` layer the embedding's own weights score the next token.
 
     Law: reading tokens one by one equals reading them at once. Attention is a return value: `step` gives the
     alignment of the (layer, head) pairs it is asked for.
@@ -67,24 +96,65 @@ class AttentionDecoder(nn.Module):
     def __init__(
         self, vocab: int, context: int, dim: int, heads: int, depth: int, *,
         cross: Callable[[], CrossAttention], inner: int | None = None,
+        positions: Callable[[int, int], Tensor] = learned, scale: float = 1.0,
+        activation: Callable[[], nn.Module] = nn.GELU, output: nn.Module | None = None, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.dim, self.heads, self.context = dim, heads, context
+        self.dim, self.heads, self.context, self.vocab, self.scale = dim, heads, context, vocab, scale
         self.embed = nn.Embedding(vocab, dim)
-        self.positions = nn.Parameter(torch.zeros(context, dim))
+        self.positions: Tensor
+        table = positions(context, dim)
+        if isinstance(table, nn.Parameter):
+            self.positions = table
+        else:
+            self.register_buffer("positions", table, persistent=False)
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
-            DecoderLayer(dim, heads, inner or 4 * dim, cross()) for _ in range(depth)
+            DecoderLayer(dim, heads, inner or 4 * dim, cross(), activation=activation, dropout=dropout)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
+        self.output = output
+        self.dropout = dropout
 
-    def start(self, memory: Memory, *, behind: DecoderState | None = None) -> DecoderState:
-        """Read the memory; no tokens yet. `behind` was read before and stands for the frames that would follow."""
-        cache = tuple(layer.self_attention.init_state(memory.frames[:0]) for layer in self.layers)
+    @classmethod
+    def soft(
+        cls, vocab: int, context: int, dim: int, heads: int, depth: int, *, inner: int | None = None,
+        dropout: float = 0.0,
+    ) -> AttentionDecoder:  # fmt: skip
+        """With soft cross attention to frames of the same width, and all else as it is: trained positions, GELU."""
+        return cls(
+            vocab, context, dim, heads, depth, cross=lambda: Soft(dim, heads), inner=inner, dropout=dropout
+        )  # fmt: skip
+
+    @classmethod
+    def usual(
+        cls, vocab: int, dim: int = 256, heads: int = 4, depth: int = 6, inner: int = 2048, *, context: int = 5000,
+        dropout: float = 0.1,
+    ) -> AttentionDecoder:  # fmt: skip
+        """That of hybrid CTC/attention recognisers: soft cross attention, sinusoids, ReLU, an output layer."""
+        return cls(
+            vocab, context, dim, heads, depth, cross=lambda: Soft(dim, heads), inner=inner, positions=sinusoids,
+            scale=sqrt(dim), activation=nn.ReLU, output=nn.Linear(dim, vocab), dropout=dropout,
+        )  # fmt: skip
+
+    def start(self, memory: Memory, *, behind: DecoderState | None = None, beam: int = 1) -> DecoderState:
+        """Read the memory; no tokens yet, in `beam` hypotheses of each row.
+
+        `behind` was read before and stands for the frames that would follow.
+        """
+        like = memory.frames[:0]
+        if beam > 1:
+            like = Frames(like.values.repeat_interleave(beam, 0), like.mask.repeat_interleave(beam, 0))
+        cache = tuple(layer.self_attention.init_state(like) for layer in self.layers)
         cross = [layer.cross.read(memory) for layer in self.layers]
         if behind is not None:
             skip = memory.frames.mask.shape[1]
             cross = [state.then(other, skip) for state, other in zip(cross, behind.cross, strict=True)]
         return DecoderState(cache, tuple(cross))
+
+    def read(self, memory: Memory, cross: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What each layer has read [the `cross` of a state], and behind it the frames of `memory`."""
+        return tuple(old.then(layer.cross.read(memory), 0) for layer, old in zip(self.layers, cross, strict=True))
 
     def step(
         self, tokens: Tensor, state: DecoderState, *, heads: Sequence[Head] = ()
@@ -93,11 +163,13 @@ class AttentionDecoder(nn.Module):
 
         Raises ValueError when the row would grow beyond `context` tokens.
         """
-        end = int(state.length.max()) + tokens.shape[1]
+        end = (int(state.length.max()) if len(tokens) else 0) + tokens.shape[1]
         if end > self.context:
             raise ValueError(f"{end} tokens do not fit into the decoder's context of {self.context}")
         x = self.embed(tokens)
+        x = x if self.scale == 1.0 else x * self.scale
         x = x + self.positions[state.length[:, None] + torch.arange(tokens.shape[1], device=x.device)]
+        x = F.dropout(x, self.dropout) if self.training and self.dropout else x
         cache, cross = list(state.cache), list(state.cross)
         rows: dict[Head, Tensor] = {}
         for i, layer in enumerate(self.layers):
@@ -110,4 +182,48 @@ class AttentionDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden` [..., D] -> unnormalised scores of the next token [..., V]."""
+        if self.output is not None:
+            scores: Tensor = self.output(hidden)
+            return scores
         return F.linear(hidden, self.embed.weight)
+
+    def forced(
+        self, state: DecoderState, targets: Tensor, lengths: Tensor, *, sos: int, eos: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What is said of given texts: `targets` [B, U], of which the first `lengths` [B] count.
+
+        -> scores [B, U + 1, V] of the tokens [B, U + 1] that should come, the end behind them, and which of them count.
+        """
+        at = torch.arange(targets.shape[1] + 1, device=targets.device)
+        targets = targets.where(at[:-1] < lengths[:, None], eos)
+        end = targets.new_full((len(targets), 1), eos)
+        hidden, _, _ = self.step(torch.cat([torch.full_like(end, sos), targets], 1), state)
+        return self.logits(hidden), torch.cat([targets, end], 1), at <= lengths[:, None]
+
+    def log_prob(self, memory: Memory, targets: Tensor, lengths: Tensor, *, sos: int, eos: int) -> Tensor:
+        """Of texts and their ends [B * K]: of the first `lengths` [B * K] tokens of `targets` [B * K, U].
+
+        K texts look at each memory, in one pass.
+        """
+        beam = len(targets) // max(len(memory.frames.mask), 1)
+        scores, wanted, counts = self.forced(self.start(memory, beam=beam), targets, lengths, sos=sos, eos=eos)
+        scores = scores.log_softmax(-1, torch.promote_types(scores.dtype, torch.float32))
+        return scores.gather(2, wanted[..., None])[..., 0].masked_fill(~counts, 0.0).sum(1)
+
+    def loss(
+        self, memory: Memory, targets: Tensor, lengths: Tensor, *, sos: int, eos: int, smoothing: float = 0.1
+    ) -> Tensor:
+        """Mean over the batch of `losses`; 0 for a batch of none."""
+        losses = self.losses(memory, targets, lengths, sos=sos, eos=eos, smoothing=smoothing)
+        return losses.sum() / max(len(losses), 1)
+
+    def losses(
+        self, memory: Memory, targets: Tensor, lengths: Tensor, *, sos: int, eos: int, smoothing: float = 0.1
+    ) -> Tensor:
+        """Cross-entropy of each row's text and its end [B], summed over the tokens.
+
+        A share `smoothing` of the wanted distribution is uniform over the vocabulary (arXiv 1512.00567, section 7).
+        """
+        scores, wanted, counts = self.forced(self.start(memory), targets, lengths, sos=sos, eos=eos)
+        each = F.cross_entropy(scores.mT, wanted, reduction="none", label_smoothing=smoothing)
+        return each.masked_fill(~counts, 0.0).sum(1)

@@ -181,7 +181,7 @@ class Streaming:
 
     def _text(self, tokens: Sequence[int]) -> str:
         text = self.model.tokenizer.decode(tokens)
-        return text if self.model.spaceless or text.startswith(" ") else f" {text}"
+        return text if not text or self.model.spaceless or text.startswith(" ") else f" {text}"
 
     def _words(self, best: Hypothesis, n: int) -> tuple[Word, ...]:
         """The words of the first `n` tokens, with times and confidence."""
@@ -189,8 +189,9 @@ class Streaming:
         for size in self.model.tokenizer.words(best.tokens[:n], spaceless=self.model.spaceless):
             part = slice(at, at + size)
             start, end = best.spans[at][0], max(end for _, end in best.spans[part])
-            words.append(Word(self._text(best.tokens[part]), start * step, end * step, exp(sum(best.log_probs[part]))))
             at += size
+            if text := self._text(best.tokens[part]):  # else it is a mark of a word that did not come
+                words.append(Word(text, start * step, end * step, exp(sum(best.log_probs[part]))))
         self.report.add(words)
         return tuple(words)
 
