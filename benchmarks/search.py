@@ -20,7 +20,10 @@ import time
 from collections.abc import Callable
 from statistics import median
 
+import joint_search
+import long_recordings
 import torch
+import transducer_search
 from encoder import CHUNK, Live, conformer
 from report import Report
 from torch import Tensor
@@ -179,7 +182,7 @@ def main() -> None:
     torch.manual_seed(0)
     report = Report()
     with torch.inference_mode():
-        for group in (ctc_peers, ctc_phrases):
+        for group in (ctc_peers, ctc_phrases, joint_search.figures, transducer_search.figures, long_recordings.figures):
             group(report, quick)
     report.print()
 

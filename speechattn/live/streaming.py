@@ -54,7 +54,8 @@ class Streaming:
             )
         self.model, self.policy = model, policy
         self.settings = settings or StreamSettings()
-        self.limits = Limits.of(self.settings, model.frame_s)
+        self.frame_s = model.frame_s  # which takes a while to work out
+        self.limits = Limits.of(self.settings, self.frame_s)
         self.search = search or model.search()
         self.state = None if policy is None else policy.initial()
         plan = model.listening.plan()
@@ -162,7 +163,7 @@ class Streaming:
                 self.first,
                 False,
             )
-            source = Source(frames, self.model.frame_s, finished=False, paused=paused)
+            source = Source(frames, self.frame_s, finished=False, paused=paused)
             agreed, self.state = self.policy.accept(draft, source, self.state)
         old = (i for i, (_, end) in enumerate(best.spans) if end > frames - self.limits.patience)
         agreed = max(agreed, next(old, len(best.tokens)))
@@ -185,7 +186,7 @@ class Streaming:
 
     def _words(self, best: Hypothesis, n: int) -> tuple[Word, ...]:
         """The words of the first `n` tokens, with times and confidence."""
-        words, at, step = [], 0, self.model.frame_s
+        words, at, step = [], 0, self.frame_s
         for size in self.model.tokenizer.words(best.tokens[:n], spaceless=self.model.spaceless):
             part = slice(at, at + size)
             start, end = best.spans[at][0], max(end for _, end in best.spans[part])

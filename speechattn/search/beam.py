@@ -174,15 +174,17 @@ class Search:
         ValueError when the best hypothesis has fewer.
         """
         said = beam.said
+        if not bool(n.any()):
+            return beam
         if bool((n > said.length[:, 0]).any()):
             raise ValueError(f"commit {n.tolist()} tokens of hypotheses of {said.length[:, 0].tolist()}")
         at = torch.arange(said.tokens.shape[2], device=n.device)
         other = (said.tokens != said.tokens[:, :1]) | (at >= said.length[..., None])
         wrong = (other & (at < n[:, None])[:, None]).any(-1)
-        order = wrong.long().argsort(dim=1, stable=True)  # those that stay keep their order, in front
-        score = beam.score.masked_fill(wrong, -torch.inf)
-        kept = self.select(replace(beam, score=score), order)
-        return replace(kept, said=kept.said.drop(n))
+        if bool(wrong.any()):
+            order = wrong.long().argsort(dim=1, stable=True)  # those that stay keep their order, in front
+            beam = self.select(replace(beam, score=beam.score.masked_fill(wrong, -torch.inf)), order)
+        return replace(beam, said=beam.said.drop(n))
 
     def select(self, beam: Beam, parents: Tensor) -> Beam:
         """Hypothesis j of each row becomes what `parents` [B, K] says it was, with all that belongs to it."""
