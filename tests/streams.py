@@ -12,6 +12,7 @@ from speechattn.attention import Alibi, Blocks, Bucketed, Relative, Rotary, Self
 from speechattn.attention.self_attention import Spanned
 from speechattn.audio.normal import GlobalCMVN
 from speechattn.audio.spectrum import CentredLogMel, KaldiFbank, LogMel
+from speechattn.decoder.ctc import CTC, IntermediateCTC, SelfConditioned
 from speechattn.encoder import (
     Conformer,
     EBranchformer,
@@ -63,6 +64,8 @@ FRONT = Pointwise(nn.Identity())
 MAKERS: dict[type[Stream], list[Callable[[], Stream]]] = {
     Delay: [lambda: Delay(3), lambda: Delay(0)],
     Pointwise: [lambda: Pointwise(nn.Linear(D, 5))],
+    CTC: [lambda: CTC(D, 5)],
+    SelfConditioned: [lambda: SelfConditioned(IntermediateCTC(CTC(D, 5)))],
     Serial: [
         lambda: Serial(layers.Depthwise(D, 3, right=1), attention(Span(3, 4, 1)), layers.Depthwise(D, 5, right=2)),
         lambda: Serial(Delay(1), layers.Stack(3, 2), Delay(1), Pointwise(nn.Linear(3 * D, D)), attention(Span(2, 3))),

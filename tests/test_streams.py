@@ -12,6 +12,7 @@ from streams import BASES, CASES, MAKERS, D, lively
 
 import speechattn
 from speechattn.audio.spectrum import CentredLogMel, KaldiFbank, LogMel
+from speechattn.decoder.ctc import CTC, SelfConditioned
 from speechattn.encoder import (
     LabelEncoder,
     layers,
@@ -51,6 +52,23 @@ def test_no_stream_is_forgotten() -> None:
 # Whisper's front-end is a CentredLogMel with its numbers; the two others are checked beside their models, because they
 # are no stream that could be cut (and the length of what `Whole` gives depends on the data).
 ELSEWHERE = {FrontEnd, whisper.Encoder, Whole}
+
+
+@oracle.register
+def posterior(stream: CTC, x: Frames) -> Frames:
+    """Scores less the logarithm of the sum of their exponentials, frame by frame."""
+    scores = x.values.where(x.mask[..., None], 0.0) @ stream.head.weight.T + stream.head.bias
+    return Frames.of(scores - scores.exp().sum(-1, keepdim=True).log(), x.mask)
+
+
+@oracle.register
+def conditioned(stream: SelfConditioned, x: Frames) -> Frames:
+    """The frames, and what the posteriors of their normalised selves are projected to."""
+    values, norm = x.values.where(x.mask[..., None], 0.0), stream.inner.norm
+    centred = values - values.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    posteriors = posterior(stream.inner.ctc, Frames(normal, x.mask)).values.exp()
+    return Frames.of(values + posteriors @ stream.project.weight.T + stream.project.bias, x.mask)
 
 
 @oracle.register

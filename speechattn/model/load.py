@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from speechattn.errors import ModelError
-from speechattn.model.folder import CONFIG, is_model, load_folder
+from speechattn.model.folder import is_model, load_folder
 from speechattn.model.recognizer import Recognizer
 from speechattn.pretrained.whisper import WhisperModel, load
 
@@ -22,8 +22,9 @@ def load_model(
 ) -> Recognizer | WhisperModel:  # fmt: skip
     """A model by name (`tiny.en`, `large-v3`) or path; ModelError says what was looked for and what to do.
 
-    A folder that `save_model` wrote is a `Recognizer`; everything else is a Whisper. `task` (transcribe or translate)
-    and `pad_s`, the silence that follows the sound into the encoder (None: the measured default), are Whisper's.
+    A folder that `save_model` wrote, or that of an ESPnet2 experiment, is a `Recognizer`; all else is a Whisper.
+    `task` (transcribe or translate) and `pad_s`, the silence that follows the sound into the encoder (None: the
+    measured default), are Whisper's.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype}: wanted {', '.join(DTYPES)}")
@@ -33,14 +34,17 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
     path = Path(name).expanduser()
-    if not is_model(path):
+    from speechattn.pretrained.espnet import is_espnet, load_espnet  # which needs this package
+
+    ours = is_model(path)
+    if not ours and not is_espnet(path):
         return load(
             str(name), device=place, dtype=DTYPES[dtype], language=language, task=task or "transcribe", pad_s=pad_s
         )
     for option, value in (("task", task), ("pad_s", pad_s)):
         if value not in (None, "transcribe"):
-            raise ModelError(f"{path / CONFIG}: {option} {value} belongs to Whisper; this model has no such setting")
-    model = load_folder(path)
+            raise ModelError(f"{path}: {option} {value} belongs to Whisper; this model has no such setting")
+    model = load_folder(path) if ours else load_espnet(path)
     if language not in (None, model.language):
-        raise ModelError(f"{path / CONFIG}: this model knows {model.language or 'one language'}, not {language}")
+        raise ModelError(f"{path}: this model knows {model.language or 'one language'}, not {language}")
     return model.to(place).cast(DTYPES[dtype])

@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from speechattn.errors import ModelError
+from speechattn.errors import InputError, ModelError
 from speechattn.search import Search
 from speechattn.search.attention import AttentionScorer
+from speechattn.search.cass_nat import CassNat
 from speechattn.search.ctc import CTCGreedy, CTCPrefixBeam
 from speechattn.search.ctc_prefix import CTCPrefixScorer
 from speechattn.search.headed import Headed
@@ -21,6 +22,7 @@ from speechattn.text.pieces import Pieces
 __all__ = ["SEARCHES", "Kind", "possible"]
 
 CTC_WEIGHT = 0.3
+SAMPLES = 50
 
 
 class Kind(Protocol):
@@ -65,9 +67,7 @@ class Jointly:
 
     def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
         """With CTC's usual weight."""
-        end = tokenizer.end
-        if end is None:
-            raise ModelError("a model with an attention head needs <sos/eos> as the last of its tokens")
+        end = ending(tokenizer)
         scorers: list[Any] = [
             (1 - CTC_WEIGHT, AttentionScorer(heads["attention"], end, end)),
             (CTC_WEIGHT, CTCPrefixScorer(heads["ctc"], end)),
@@ -77,7 +77,29 @@ class Jointly:
         return JointBeam(scorers, size, eos=end, block=16)
 
 
-SEARCHES: Mapping[str, Kind] = {"transducer": ByTransducer(), "joint": Jointly(), "ctc": ByCTC()}
+class AtOnce:
+    """All tokens in parallel where CTC hears them (CASS-NAT); whole utterances."""
+
+    needs: tuple[str, ...] = ("ctc", "cass_nat")
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """The best of 50 alignments, or of the beam size."""
+        if phrases is not None:
+            raise InputError("search cass_nat takes no phrases")
+        head, end = heads["ctc"], ending(tokenizer)
+        return CassNat(head, heads["cass_nat"], size, eos=end, blank=head.blank, samples=max(size, SAMPLES))
+
+
+def ending(tokenizer: Pieces) -> int:
+    """The token that ends a text."""
+    if tokenizer.end is None:
+        raise ModelError("a model with such a head needs <sos/eos> as the last of its tokens")
+    return tokenizer.end
+
+
+SEARCHES: Mapping[str, Kind] = {
+    "transducer": ByTransducer(), "joint": Jointly(), "ctc": ByCTC(), "cass_nat": AtOnce(),
+}  # fmt: skip
 
 
 def possible(heads: nn.ModuleDict) -> Sequence[str]:

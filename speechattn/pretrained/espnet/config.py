@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from speechattn.errors import ModelError
 
-__all__ = ["ACTIVATIONS", "CONVOLUTIONS", "EncoderConfig", "read_config"]
+__all__ = ["ACTIVATIONS", "CONVOLUTIONS", "EncoderConfig", "Options", "encoder_of", "read_config", "read_yaml"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU, "hardtanh": nn.Hardtanh, "relu": nn.ReLU, "selu": nn.SELU, "swish": nn.SiLU, "tanh": nn.Tanh,
@@ -76,15 +76,15 @@ class EncoderConfig:
 
 def read_config(path: Path) -> EncoderConfig:
     """The encoder of a config.yaml; ModelError names an option that cannot be honoured."""
-    said = read_yaml(path)
+    return encoder_of(path, read_yaml(path))
+
+
+def encoder_of(path: Path, said: Mapping[str, Any]) -> EncoderConfig:
+    """The encoder of what a config.yaml at `path` said."""
     kind = said.get("encoder")
     if kind not in DEFAULTS:
         raise ModelError(f"{path}: encoder: {kind} cannot be read; wanted one of {', '.join(DEFAULTS)}")
-    given = said.get("encoder_conf") or {}
-    unknown = sorted(given.keys() - DEFAULTS[kind].keys() - WITHOUT_EFFECT)
-    if unknown:
-        raise ModelError(f"{path}: encoder_conf has options that are not known here: {', '.join(unknown)}")
-    options = Options(path, DEFAULTS[kind] | given)
+    options = Options.of(path, "encoder_conf", said, DEFAULTS[kind], WITHOUT_EFFECT)
     for key, value in FIXED.items():
         options.one_of(key, (value,))
     return (conformer if kind == "conformer" else e_branchformer)(options)
@@ -92,32 +92,62 @@ def read_config(path: Path) -> EncoderConfig:
 
 @dataclass(frozen=True)
 class Options:
-    """`encoder_conf` with ESPnet's defaults; whatever cannot be used is a ModelError that names the key."""
+    """One section of a config.yaml with ESPnet's defaults; what cannot be used is a ModelError that names the key."""
 
-    path: Path
+    where: str
     said: Mapping[str, Any]
 
+    @classmethod
+    def of(
+        cls, path: Path, section: str, said: Mapping[str, Any], defaults: Mapping[str, Any],
+        ignored: Collection[str] = (),
+    ) -> Options:  # fmt: skip
+        """The `section` of what was said; options of neither `defaults` nor `ignored` are not known."""
+        given = said.get(section) or {}
+        if not isinstance(given, Mapping):
+            raise ModelError(f"{path}: {section}: {given} is not a mapping of options to values")
+        unknown = sorted(map(str, given.keys() - defaults.keys() - {*ignored}))
+        if unknown:
+            raise ModelError(f"{path}: {section} has options that are not known here: {', '.join(unknown)}")
+        return cls(f"{path}: {section}", {**defaults, **given})
+
     def one_of(self, key: str, known: tuple[Any, ...]) -> Any:
-        """The value, which must be one of the known; where the encoder has no such option, the first of them."""
+        """The value, which must be one of the known; where nothing is said of the option, the first of them."""
         value = self.said.get(key, known[0])
         if value not in known:
-            wanted = " or ".join(str(one).lower() if isinstance(one, bool) else str(one) for one in known)
-            raise ModelError(f"{self.path}: encoder_conf: {key}: {value} cannot be honoured; wanted {wanted}")
+            wanted = " or ".join(
+                "null" if one is None else str(one).lower() if isinstance(one, bool) else str(one) for one in known
+            )
+            raise ModelError(f"{self.where}: {key}: {value} cannot be honoured; wanted {wanted}")
         return value
 
     def number(self, key: str) -> int:
         """A positive whole number."""
         value = self.said[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"{self.path}: encoder_conf: {key}: {value} is not a positive whole number")
+            raise ModelError(f"{self.where}: {key}: {value} is not a positive whole number")
         return value
 
     def odd(self, key: str) -> int:
         """The length of a centred filter."""
         value = self.number(key)
         if value % 2 == 0:
-            raise ModelError(f"{self.path}: encoder_conf: {key}: {value} is even; a centred filter is odd")
+            raise ModelError(f"{self.where}: {key}: {value} is even; a centred filter is odd")
         return value
+
+    def even(self, key: str) -> int:
+        """The length of a centred window."""
+        value = self.number(key)
+        if value % 2:
+            raise ModelError(f"{self.where}: {key}: {value} is odd; a centred window is even")
+        return value
+
+    def share(self, key: str) -> float:
+        """From 0 to 1."""
+        value = self.said[key]
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ModelError(f"{self.where}: {key}: {value} is not between 0 and 1")
+        return float(value)
 
     def legacy(self, attention: str) -> bool:
         """Whether relative positions are of the old kind; `attention` is the key that names the attention."""
@@ -128,10 +158,10 @@ class Options:
 
     def dropout(self) -> float:
         """A rate; it matters to those who train on."""
-        value = self.said["dropout_rate"]
-        if not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ModelError(f"{self.path}: encoder_conf: dropout_rate: {value} is not between 0 and 1")
-        return float(value)
+        value = self.share("dropout_rate")
+        if value == 1:
+            raise ModelError(f"{self.where}: dropout_rate: 1 leaves nothing")
+        return value
 
 
 def conformer(options: Options) -> EncoderConfig:
