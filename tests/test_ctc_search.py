@@ -154,7 +154,8 @@ def test_compiled_is_the_same(seed: int, size: int, candidates: int | None, bias
     phrases = None
     if biased:
         texts = [[draw.randrange(x.shape[2]) for _ in range(draw.randint(1, 4))] for _ in range(6)]
-        phrases = Phrases(texts, bonus=draw.choice([1.25, -0.5]), vocab=x.shape[2])
+        begins = draw.choice([None, draw.sample(range(x.shape[2]), x.shape[2] // 2)])
+        phrases = Phrases(texts, bonus=draw.choice([1.25, -0.5]), vocab=x.shape[2], begins=begins)
     found = [
         CTCPrefixBeam(size, candidates=candidates, phrases=phrases, reward=0.25, compiled=compiled)
         for compiled in (False, True)
@@ -180,7 +181,8 @@ def test_any_split_gives_the_same_beam(compiled: bool, seed: int, cuts: list[int
     x = whole(posteriors(2, 30, 6, seed=seed))
     x.mask[1, 21:] = False
     x.mask[0, 5:9] = False
-    for search in (CTCPrefixBeam(4, phrases=Phrases([[1, 2], [3, 3, 1]], vocab=6), compiled=compiled), CTCGreedy()):
+    phrases = Phrases([[1, 2], [3, 3, 1]], vocab=6, begins=[1, 3])
+    for search in (CTCPrefixBeam(4, phrases=phrases, compiled=compiled), CTCGreedy()):
         one, other = search.step(x, search.start(x)), pieces(search, x, cuts)
         assert torch.equal(one.frames, other.frames)
         for a, b in zip(search.hypotheses(one), search.hypotheses(other), strict=True):
@@ -311,10 +313,11 @@ def test_half_precision_is_read_as_what_it_is() -> None:
 
 
 @BOTH
-def test_phrases_rank_and_leave_probabilities_alone(compiled: bool) -> None:
+@pytest.mark.parametrize("begins", [None, (1,), (2,)])
+def test_phrases_rank_and_leave_probabilities_alone(compiled: bool, begins: tuple[int, ...] | None) -> None:
     x = posteriors(4, 3, seed=2)
     expected = enumerated(x)
-    phrases = Phrases([[1, 2], [2, 2, 1]], bonus=1.5, vocab=3)
+    phrases = Phrases([[1, 2], [2, 2, 1]], bonus=1.5, vocab=3, begins=begins)
     search = CTCPrefixBeam(64, candidates=None, phrases=phrases, compiled=compiled)
     beam = search.finish(search.step(whole(x[None]), search.start(whole(x[None]))))
     found = search.hypotheses(beam)[0]
@@ -322,9 +325,24 @@ def test_phrases_rank_and_leave_probabilities_alone(compiled: bool) -> None:
     for h, worth in zip(found, search.log_probs(beam)[0].tolist(), strict=False):
         assert worth == pytest.approx(expected[h.tokens][0], abs=1e-9)
         inside = {i + d for i in range(len(h.tokens)) for p in ((1, 2), (2, 2, 1)) if h.tokens[i : i + len(p)] == p
+                  and (begins is None or h.tokens[i + len(p) : i + len(p) + 1] in ((), *((t,) for t in begins)))
                   for d in range(len(p))}  # fmt: skip
         assert h.score == pytest.approx(worth + 1.5 * len(inside), abs=1e-9)
     assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+
+
+@BOTH
+def test_a_phrase_is_not_kept_for_a_longer_word(compiled: bool) -> None:
+    """Space, m, a, c and k are 1 to 5: "mak" was heard, and less clearly "mac", "mack"."""
+    for last, said, without in ((5, (1, 2, 3, 5), (1, 2, 3, 4, 5)), (0, (1, 2, 3, 4), (1, 2, 3, 4))):
+        x = torch.full((1, 6, 6), 0.01)
+        for t, token in enumerate([1, 2, 3, 5, last, 0]):
+            x[0, t, token] = 0.5 if t == 3 else 0.9
+        x[0, 3, 4] = 0.4
+        x = x.log().log_softmax(-1)
+        for begins, tokens in ((None, without), ([1], said)):
+            book = Phrases([[1, 2, 3, 4]], vocab=6, begins=begins)
+            assert CTCPrefixBeam(6, phrases=book, compiled=compiled).decode(whole(x))[0][0].tokens == tokens
 
 
 @BOTH

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 import pytest
@@ -25,15 +25,20 @@ V = 3
 tokens = st.integers(0, V - 1)
 phrase_sets = st.lists(st.lists(tokens, min_size=1, max_size=6), max_size=6)
 texts = st.lists(tokens, max_size=14)
+beginnings = st.none() | st.frozensets(tokens)  # of words
 
 
-def inside(phrases: Sequence[Sequence[int]], text: Sequence[int]) -> list[bool]:
-    """Which tokens lie in a phrase said in full: by looking everywhere."""
+def inside(
+    phrases: Sequence[Sequence[int]], text: Sequence[int], begins: Set[int] | None = None, *, over: bool = True
+) -> list[bool]:
+    """Which tokens lie in a phrase said: by looking everywhere. Is the text `over`, or may its last word go on?"""
     found = [False] * len(text)
     for phrase in phrases:
         for i in range(len(text) - len(phrase) + 1):
-            if list(text[i : i + len(phrase)]) == list(phrase):
-                found[i : i + len(phrase)] = [True] * len(phrase)
+            end = i + len(phrase)
+            whole = begins is None or (over if end == len(text) else text[end] in begins)
+            if whole and list(text[i:end]) == list(phrase):
+                found[i:end] = [True] * len(phrase)
     return found
 
 
@@ -41,6 +46,11 @@ def begun(phrases: Sequence[Sequence[int]], text: Sequence[int]) -> int:
     """The length of the longest end of the text that a phrase begins with."""
     ends = (n for n in range(len(text), 0, -1) if any(list(p[:n]) == list(text[len(text) - n :]) for p in phrases))
     return next(ends, 0)
+
+
+def known(phrases: Sequence[Sequence[int]], begins: Set[int] | None, bonus: float = BONUS) -> Phrases:
+    """The book of these phrases."""
+    return Phrases(phrases, bonus=bonus, vocab=V, begins=None if begins is None else sorted(begins))
 
 
 def given_to(book: Phrases, text: Sequence[int], node: Tensor | None = None) -> tuple[Tensor, list[float]]:
@@ -53,20 +63,22 @@ def given_to(book: Phrases, text: Sequence[int], node: Tensor | None = None) -> 
     return node, bonuses
 
 
-@settings(deadline=None, max_examples=250)
-@given(phrase_sets, texts)
-def test_each_token_inside_a_phrase_said_is_worth_the_bonus_once(phrases: list[list[int]], text: list[int]) -> None:
-    book = Phrases(phrases, bonus=BONUS, vocab=V)
+@settings(deadline=None, max_examples=400)
+@given(phrase_sets, texts, beginnings)
+def test_each_token_inside_a_phrase_said_is_worth_the_bonus_once(
+    phrases: list[list[int]], text: list[int], begins: frozenset[int] | None
+) -> None:
+    book = known(phrases, begins)
     node = book.start(1, 1)
     total = 0.0
     for u, token in enumerate(text):
         node, bonus = book.step(node, torch.tensor([[token]]))
         total += float(bonus)
         so_far = text[: u + 1]
-        said = inside(phrases, so_far)
+        said = inside(phrases, so_far, begins, over=False)
         half = begun(phrases, so_far)
         assert total == BONUS * (sum(said) + said[len(said) - half :].count(False))  # and of the phrase that goes on
-        assert total + float(book.finish(node)) == BONUS * sum(said)
+        assert total + float(book.finish(node)) == BONUS * sum(inside(phrases, so_far, begins))
 
 
 @pytest.mark.parametrize(
@@ -91,12 +103,58 @@ def test_by_hand(phrases: list[list[int]], text: list[int], bonuses: list[float]
     assert book.finish(node).tolist() == [[last]]
 
 
-@settings(deadline=None, max_examples=60)
-@given(phrase_sets, st.lists(texts, min_size=1, max_size=4), st.integers(1, 3), st.sampled_from([BONUS, -0.5, 0.0]))
-def test_dense_scores_are_the_bonus_of_each_step_in_any_shape(
-    phrases: list[list[int]], said: list[list[int]], k: int, worth: float
+MARK, GO, ON, LD = 1, 2, 3, 4  # a space, words, and the end of a word
+
+
+@pytest.mark.parametrize(
+    ("phrases", "text", "bonuses", "last"),
+    [
+        ([[GO]], [GO], [1], 0),  # the text ends
+        ([[GO]], [GO, ON], [1, 0], 0),  # a word begins
+        ([[GO]], [GO, LD], [1, -1], 0),  # the word goes on
+        ([[GO]], [GO, LD, ON], [1, -1, 0], 0),  # it was another
+        ([[GO]], [GO, GO, LD], [1, 1, -1], 0),
+        ([[GO], [GO, ON]], [GO, ON, ON], [1, 1, 0], 0),
+        ([[GO], [GO, ON]], [GO, ON, LD], [1, 1, -1], 0),  # the shorter one was said
+        ([[GO], [GO, ON]], [GO, LD], [1, -1], 0),
+        ([[GO], [GO, ON, LD]], [GO, ON], [1, 1], -1),
+        ([[GO, ON]], [GO, ON, LD], [1, 1, -2], 0),
+        ([[GO], [GO, LD]], [GO, LD, MARK], [1, 1, 0], 0),  # "gold", which has no "go" in it
+        ([[GO], [GO, LD]], [GO, LD, LD], [1, 1, -2], 0),
+        ([[GO], [GO, LD, LD]], [GO, LD, MARK], [1, 1, -2], 0),
+        ([[GO, ON], [ON, LD, GO]], [GO, ON, LD, GO, MARK], [1, 1, 0, 1, 0], 0),  # "on" was not paid twice
+        ([[MARK, LD]], [MARK, LD, MARK, LD, LD], [1, 1, 1, 1, -2], 0),  # letters behind spaces
+        ([[LD]], [GO, LD, ON], [0, 1, 0], 0),  # it may begin anywhere
+    ],
+)
+def test_a_word_that_goes_on_was_not_said(
+    phrases: list[list[int]], text: list[int], bonuses: list[float], last: float
 ) -> None:
-    book = Phrases(phrases, bonus=worth, vocab=V)
+    book = Phrases(phrases, vocab=5, begins=[MARK, GO, ON])
+    node, found = given_to(book, text)
+    assert found == bonuses
+    assert book.finish(node).tolist() == [[last]]
+
+
+def test_every_token_may_end_a_phrase_where_each_begins_a_word() -> None:
+    phrases, draw = [[0, 1], [1, 2, 0], [1], [2, 2]], random.Random(0)
+    every, none = known(phrases, {*range(V)}), known(phrases, None)
+    for _ in range(20):
+        text = [draw.randrange(V) for _ in range(12)]
+        (one, bonuses), (other, same) = given_to(every, text), given_to(none, text)
+        assert bonuses == same
+        assert torch.equal(every.finish(one), none.finish(other))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    phrase_sets, st.lists(texts, min_size=1, max_size=4), st.integers(1, 3), st.sampled_from([BONUS, -0.5, 0.0]),
+    beginnings,
+)  # fmt: skip
+def test_dense_scores_are_the_bonus_of_each_step_in_any_shape(
+    phrases: list[list[int]], said: list[list[int]], k: int, worth: float, begins: frozenset[int] | None
+) -> None:
+    book = known(phrases, begins, worth)
     nodes = torch.stack([given_to(book, text)[0][0] for text in said]).expand(len(said), k).contiguous()
     dense = book.scores(nodes)
     assert dense.shape == (len(said), k, V)
@@ -117,6 +175,7 @@ def test_dense_scores_are_the_bonus_of_each_step_in_any_shape(
 
 def walked(tables: PhraseTables, bonus: float, node: int, token: int) -> tuple[int, float]:
     """What a compiled loop makes of the tables."""
+    node = int(tables.ended[node]) if tables.begins[token] else node
     origin = node
     while True:
         span = slice(tables.first[node], tables.first[node + 1])
@@ -129,9 +188,9 @@ def walked(tables: PhraseTables, bonus: float, node: int, token: int) -> tuple[i
 
 
 @settings(deadline=None, max_examples=60)
-@given(phrase_sets, phrase_sets)
-def test_the_tables_say_the_same(one: list[list[int]], two: list[list[int]]) -> None:
-    book = Phrases(one, bonus=BONUS, vocab=V)
+@given(phrase_sets, phrase_sets, beginnings)
+def test_the_tables_say_the_same(one: list[list[int]], two: list[list[int]], begins: frozenset[int] | None) -> None:
+    book = known(one, begins)
     book.add(two)
     tables = book.tables()
     nodes = torch.arange(len(tables.root))
@@ -142,7 +201,8 @@ def test_the_tables_say_the_same(one: list[list[int]], two: list[list[int]]) -> 
         )
         assert (tables.depth[after.numpy()] <= tables.depth + 1).all()
         assert (tables.root[after.numpy()] == tables.root).all()
-    assert torch.equal(book.finish(nodes), -torch.from_numpy(tables.owed))
+    assert torch.equal(book.finish(nodes), -torch.from_numpy(tables.owed[tables.ended]))
+    assert (tables.root[tables.ended] == tables.root).all()
 
 
 def test_many_nodes_only_where_phrases_overlap() -> None:
@@ -150,14 +210,28 @@ def test_many_nodes_only_where_phrases_overlap() -> None:
     assert len(apart.tables().root) == 7
     overlapping = Phrases([[1, 2, 3], [3, 4, 5]], vocab=9)  # "3" and "3 4" paid and not; "3 4 5" is paid anyhow
     assert len(overlapping.tables().root) == 9
+    words = Phrases([[1, 2, 3], [4, 5, 6]], vocab=9, begins=[1, 4])
+    assert len(words.tables().root) == 9  # two more: where the phrases were said
+    longer = Phrases([[1, 2, 3], [1, 2, 3, 4, 5]], vocab=9, begins=[1])
+    assert len(longer.tables().root) == 8  # "4 5" has no copy where "1 2 3" was said
+
+
+def test_a_thousand_phrases_are_a_few_thousand_nodes() -> None:
+    draw = random.Random(0)
+    words = [[[draw.randrange(250, 500), *(draw.randrange(1, 250) for _ in range(draw.randint(0, 3)))]
+              for _ in range(draw.randint(1, 3))] for _ in range(1000)]  # fmt: skip
+    phrases = [[token for word in phrase for token in word] for phrase in words]
+    tables = Phrases(phrases, vocab=500, begins=range(250, 500)).tables()
+    assert len(tables.root) < 1.25 * len(Phrases(phrases, vocab=500).tables().root)
+    assert sum(part.nbytes for part in tables) < 500_000
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(phrase_sets, min_size=2, max_size=4), texts, st.randoms(use_true_random=False))
+@given(st.lists(phrase_sets, min_size=2, max_size=4), texts, st.randoms(use_true_random=False), beginnings)
 def test_rows_of_one_batch_have_their_own_sets_that_come_and_go(
-    sets: list[list[list[int]]], text: list[int], order: random.Random
+    sets: list[list[list[int]]], text: list[int], order: random.Random, begins: frozenset[int] | None
 ) -> None:
-    book = Phrases(sets[0], bonus=BONUS, vocab=V)
+    book = known(sets[0], begins)
     spare = [book.add(phrases) for phrases in sets[1:]]
     for root in order.sample(spare, len(spare) // 2):
         book.remove(root)
@@ -171,7 +245,7 @@ def test_rows_of_one_batch_have_their_own_sets_that_come_and_go(
         halves = tree.split(node)
         node = tree.concat(halves[::-1])[range(len(sets) - 1, -1, -1)]  # the state is a tree: taken apart and put back
     total += book.finish(node)
-    assert total.tolist() == [[BONUS * sum(inside(phrases, text))] * 2 for phrases in sets]
+    assert total.tolist() == [[BONUS * sum(inside(phrases, text, begins))] * 2 for phrases in sets]
     book.remove(roots[1])
     assert book.scores(book.start(1, 1))[0, 0].tolist() == [
         BONUS * any(phrase[0] == t for phrase in sets[0]) for t in range(V)
@@ -182,12 +256,12 @@ def test_rows_of_one_batch_have_their_own_sets_that_come_and_go(
         book.remove(roots[1])
 
 
-@settings(deadline=None, max_examples=80)
-@given(phrase_sets, phrase_sets, texts, texts)
+@settings(deadline=None, max_examples=120)
+@given(phrase_sets, phrase_sets, texts, texts, beginnings)
 def test_phrases_change_in_the_middle_of_a_text(
-    old: list[list[int]], new: list[list[int]], before: list[int], behind: list[int]
+    old: list[list[int]], new: list[list[int]], before: list[int], behind: list[int], begins: frozenset[int] | None
 ) -> None:
-    book = Phrases(old, bonus=BONUS, vocab=V)
+    book = known(old, begins)
     node, bonuses = given_to(book, before)
     root = book.add(new)
     recent = torch.tensor([[[*before, 0, 1]]])
@@ -195,8 +269,8 @@ def test_phrases_change_in_the_middle_of_a_text(
     book.remove(book.root)
     node, more = given_to(book, behind, node)
     total = sum(bonuses) + float(exchanged) + sum(more) + float(book.finish(node))
-    gained = sum(inside(new, before + behind)) - sum(inside(new, before))
-    assert total == BONUS * (sum(inside(old, before)) + gained)
+    gained = sum(inside(new, before + behind, begins)) - sum(inside(new, before, begins, over=False))
+    assert total == BONUS * (sum(inside(old, before, begins, over=False)) + gained)
 
 
 def test_hypotheses_of_different_length_move_together() -> None:
@@ -207,9 +281,10 @@ def test_hypotheses_of_different_length_move_together() -> None:
     assert (-book.finish(node)).tolist() == [[2, 0], [0, 1]]
 
 
-def test_the_scorer_keeps_the_law_for_selected_hypotheses() -> None:
+@pytest.mark.parametrize("begins", [None, {1}, {0, 2}])
+def test_the_scorer_keeps_the_law_for_selected_hypotheses(begins: set[int] | None) -> None:
     phrases = [[1, 2, 1], [2, 2]]
-    book = Phrases(phrases, bonus=BONUS, vocab=V)
+    book = known(phrases, begins)
     scorer = PhraseScorer(book)
     assert not scorer.partial
     values = torch.full((2, 0, 4), torch.nan)
@@ -234,7 +309,7 @@ def test_the_scorer_keeps_the_law_for_selected_hypotheses() -> None:
         state = scorer.select(state, order)
         said = [[row[i] for i in order[b].tolist()] for b, row in enumerate(said)]
     totals = torch.tensor([[score for _, score in row] for row in said]) + book.finish(state)
-    assert totals.tolist() == [[BONUS * sum(inside(phrases, text)) for text, _ in row] for row in said]
+    assert totals.tolist() == [[BONUS * sum(inside(phrases, text, begins)) for text, _ in row] for row in said]
 
 
 def test_single_precision_is_that_of_the_moment(precise: None) -> None:
@@ -248,6 +323,11 @@ def test_single_precision_is_that_of_the_moment(precise: None) -> None:
 def test_a_wrong_phrase_is_an_error(phrases: list[list[int]], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Phrases(phrases, vocab=V)
+
+
+def test_what_begins_a_word_is_a_token() -> None:
+    with pytest.raises(ValueError, match=r"tokens \[-1, 3\] begin a word: tokens are 0 to 2"):
+        Phrases(vocab=V, begins=[3, 0, -1])
 
 
 def test_a_vocabulary_is_not_empty() -> None:
@@ -282,6 +362,35 @@ def test_plain_text_is_spelled_as_at_the_beginning_and_behind_a_space() -> None:
     assert spelled(["ab a"], loud)[0].spellings == ((2, 3, 1, 2),)
     book = Phrases.from_text(["ab a"], loud, bonus=BONUS, vocab=loud.size)
     assert given_to(book, [2, 3, 1, 2])[1] == [BONUS] * 4
+
+
+def test_words_are_those_of_the_tokenizer() -> None:
+    letters = Pieces(["<blank>", "▁", "m", "a", "r", "c", "k", "<unk>", "<sos/eos>"])
+    book = Phrases.from_text(["marc"], letters, vocab=letters.size)
+    assert book.begins == {1, 8}
+    marc = letters.encode("marc")
+    assert given_to(book, [*marc, 8])[1] == [1] * 5 + [0]  # with the end of the sentence
+    assert given_to(book, [*marc, *letters.encode("a")])[1] == [1] * 6 + [-1]
+    for other in (6, 7):  # "marck"; what has no spelling begins no word
+        assert given_to(book, [*marc, other])[1] == [1] * 5 + [-5]
+    scores, _ = PhraseScorer(book).score(given_to(book, marc)[0])
+    assert scores[0, 0].tolist() == [-5, 1, -5, -5, -5, -5, -5, -5, 0]
+    root = book.add(spelled(["mark"], letters)[0].spellings)  # another set knows them too
+    assert given_to(book, letters.encode("mark mar"), book.start(1, 1, root=root))[1] == [1] * 9
+    assert given_to(book, [*letters.encode("mark"), 2], book.start(1, 1, root=root))[1] == [1] * 5 + [-5]
+
+
+def test_pieces_that_know_no_words_end_phrases_anywhere() -> None:
+    assert Phrases.from_text(["一二"], Pieces(["<blank>", "一", "二", "<sos/eos>"]), vocab=4).begins is None
+    assert Phrases.from_text(["New"], Bytes(), vocab=6).begins is None
+    spaces = Pieces(["<blank>", " ", "A", "B", "   "])
+    assert Phrases.from_text(["a b"], spaces, vocab=5).begins == {1, 4}
+
+
+@pytest.mark.parametrize("pieces", [["<blank>", "mar", "c▁"], ["<blank>", "▁", "a", "c▁"], ["<blank>", " ", "a", "a "]])
+def test_pieces_that_end_with_a_space_cannot_say_where_a_word_ends(pieces: list[str]) -> None:
+    with pytest.raises(InputError, match=f"begin with the space, not end with it as {pieces[-1]!r}"):
+        Phrases.from_text([], Pieces(pieces), vocab=len(pieces))
 
 
 @pytest.mark.parametrize("tokenizer", [Bytes(), Pieces(["<blank>", "<unk>", "n"]), Pieces(["<blank>", "n"])])

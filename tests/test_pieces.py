@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechattn.errors import InputError, ModelError
-from speechattn.text import Pieces
+from speechattn.text import Pieces, spelled
 
 END = "<sos/eos>"
 MARKED = Pieces(["<blank>", "<unk>", "▁", "▁ab", "▁a", "a", "b", "bc", "c", "abca", END])
@@ -60,6 +60,14 @@ def test_the_longest_piece_is_taken() -> None:
     assert (MARKED.size, MARKED.unknown, MARKED.end, SPACED.unknown, SPACED.end) == (11, 1, 10, None, None)
     assert [i for i, begins in enumerate(MARKED.begins) if begins] == [2, 3, 4]
     assert [i for i, begins in enumerate(SPACELESS.begins) if begins] == [1, 2, 3, 4]
+
+
+def test_phrases_are_spelled_by_long_pieces_and_by_letters() -> None:
+    pieces = Pieces(["<blank>", "\u2581", "a", "n", "an", "\u2581n"])
+    assert spelled(["Nan"], pieces) == [("Nan", ((1, 3, 2, 3), (5, 4)))]
+    assert spelled(["a"], pieces)[0].spellings == ((1, 2),)
+    without = Pieces(["<blank>", "\u2581an", "an"])
+    assert spelled(["an"], without)[0].spellings == ((1,),)  # there are no letters
 
 
 def test_what_cannot_be_spelled() -> None:

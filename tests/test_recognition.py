@@ -147,6 +147,22 @@ def test_a_long_stream_costs_what_a_short_one_costs(model: Recognizer, kind: str
     assert max(sizes[1:]) <= 1.2 * sizes[0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rare_names_need_their_phrases(model: Recognizer, kind: str) -> None:
+    for line, name in (("call jon please", "jon"), ("please call marc", "marc")):
+        one = next(one for one in LINES if one["text"] == line)
+        session = Session(model, search=model.search(kind, beam_size=8, phrases=[]))
+        assert text(session.feed(samples(one), RATE)) != line
+        session = Session(model, search=model.search(kind, beam_size=8, phrases=[]))
+        session.prefer([name, "erin"])
+        assert text(session.feed(samples(one), RATE) + session.finish()) == line
+        found = {hit.text: hit.spans for hit in session.hits()}
+        assert found["erin"] == ()
+        true = next(word for word in one["words"] if word["word"] == name)
+        assert len(found[name]) == 1
+        assert abs(found[name][0][0] - true["start"]) < 0.3
+
+
 def test_silence_and_noise_say_nothing(model: Recognizer) -> None:
     noise = np.random.default_rng(0).normal(0, 1e-3, 5 * RATE).astype(np.float32)
     for sound in (np.zeros(5 * RATE, np.float32), noise, np.zeros(0, np.float32), noise[:100]):

@@ -300,12 +300,13 @@ def test_parity_with_torchaudio_where_something_is_pruned() -> None:
     assert gain / 10 > -0.3
 
 
-def test_phrases_rank_and_do_not_count_as_probability() -> None:
+@pytest.mark.parametrize("begins", [None, (1,), (2,)])
+def test_phrases_rank_and_do_not_count_as_probability(begins: tuple[int, ...] | None) -> None:
     model, cap = transducer("lstm", 3), 2
     x = random_frames([3], D)
     plain = TransducerBeam(model, 300, max_symbols=cap).decode(x)[0]
     assert (1, 2, 1) in [h.tokens for h in plain]
-    phrases = Phrases([(1, 2, 1), (2, 2, 1)], bonus=1.5, vocab=3)
+    phrases = Phrases([(1, 2, 1), (2, 2, 1)], bonus=1.5, vocab=3, begins=begins)
     search = TransducerBeam(model, 300, max_symbols=cap, phrases=phrases)
     beam = search.step(x, search.start(x))
     for end in (False, True):
@@ -326,7 +327,7 @@ def test_phrases_rank_and_do_not_count_as_probability() -> None:
     root = phrases.add([(2, 1, 2)])
     beam = search.bias(search.step(x[:1], search.start(x)), root)
     found = search.hypotheses(search.finish(search.step(x[1:], beam)))[0]
-    expected = Phrases([(2, 1, 2)], bonus=1.5, vocab=3)
+    expected = Phrases([(2, 1, 2)], bonus=1.5, vocab=3, begins=begins)
     same([found], [TransducerBeam(model, 300, max_symbols=cap, phrases=expected).decode(x)[0]])
     with pytest.raises(ValueError, match="without phrases"):
         TransducerBeam(model, 3).bias(beam, 0)

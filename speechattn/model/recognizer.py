@@ -20,7 +20,7 @@ from speechattn.model.window import WindowRecognizer
 from speechattn.search import Search
 from speechattn.search.phrases import Phrases
 from speechattn.stream import Pointwise, Serial, Stream
-from speechattn.text.pieces import Pieces
+from speechattn.text.pieces import Pieces, spelled
 
 __all__ = ["Recognizer"]
 
@@ -109,6 +109,9 @@ class Recognizer(nn.Module):
         book = None
         if phrases is not None:
             book = Phrases.from_text(phrases, self.tokenizer, bonus=bonus, vocab=self.tokenizer.size)
+            if self.spaceless:  # no mark will say that a word has ended
+                tokens = [s for phrase in spelled(phrases, self.tokenizer) for s in phrase.spellings]
+                book = Phrases(tokens, bonus=bonus, vocab=self.tokenizer.size)
         return SEARCHES[kind].make(self.heads, self.tokenizer, beam_size, book)
 
     def blank(self, frames: Frames) -> Tensor:

@@ -34,6 +34,8 @@ class Arcs(NamedTuple):
     child: Array
     failure: Array
     owed: Array
+    ended: Array
+    begins: Array
     bonus: float
     most: float
 
@@ -41,11 +43,11 @@ class Arcs(NamedTuple):
     def of(cls, phrases: Phrases | None) -> Arcs:
         """Of no phrases: one node, whose arcs lead nowhere."""
         if phrases is None:
-            nothing = np.zeros(0, np.int64)
-            return cls(np.zeros(2, np.int64), nothing, nothing, np.zeros(1, np.int64), np.zeros(1), 0.0, 0.0)
+            first, nothing, node = np.zeros(2, np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64)
+            return cls(first, nothing, nothing, node, np.zeros(1), node, np.zeros(1, np.bool_), 0.0, 0.0)
         t = phrases.tables()
         most = max(phrases.bonus, 0.0) + max(-float(t.owed.min(initial=0.0)), 0.0)
-        return cls(t.first, t.token, t.child, t.failure, t.owed, float(phrases.bonus), most)
+        return cls(t.first, t.token, t.child, t.failure, t.owed, t.ended, t.begins, float(phrases.bonus), most)
 
 
 def read(
@@ -64,7 +66,7 @@ def read(
     token = np.zeros((rows, 2 * size, frames), np.int64)
     values = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
     log_prob = np.zeros(token.shape, np.float32 if values.dtype == torch.float32 else np.float64)
-    _rows(values.contiguous().numpy(), live.numpy(), blank, width, reward, worth, ids, *arcs,
+    _rows(values.contiguous().numpy(), live.numpy(), blank, width, reward, worth, ids, arcs,
           root, flags[0], flags[1], token, log_prob)  # fmt: skip
     parts = (
         [torch.from_numpy(worth[:, i].copy()) for i in range(5)],
@@ -90,10 +92,11 @@ def _add(a: float, b: float) -> float:
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator,unused-ignore]
-def _follow(
-    node: int, token: int, first: Array, tokens: Array, child: Array, failure: Array, owed: Array, bonus: float
-) -> tuple[int, float]:
+def _follow(node: int, token: int, arcs: Arcs) -> tuple[int, float]:
     """`Phrases.step` of one node and token."""
+    first, tokens, owed, failure = arcs.first, arcs.token, arcs.owed, arcs.failure
+    if token < len(arcs.begins) and arcs.begins[token]:
+        node = arcs.ended[node]
     at = node
     while True:
         low, high = first[at], first[at + 1]
@@ -104,7 +107,7 @@ def _follow(
             else:
                 high = middle
         if low < first[at + 1] and tokens[low] == token:
-            return child[low], owed[at] + bonus - owed[node]
+            return arcs.child[low], owed[at] + arcs.bonus - owed[node]
         if failure[at] == at:
             return at, -owed[node]
         at = failure[at]
@@ -197,9 +200,8 @@ def _stay(
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator,unused-ignore]
 def _grow(
-    width: int, likely: int, reward: float, worth: Array, ids: Array, first: Array, arc_token: Array, child: Array,
-    failure: Array, owed: Array, bonus: float, most: float, room: Array, tokens: Array, ranked: Array, scores: Array,
-    chosen: Array, parents: Array, n: int,
+    width: int, likely: int, reward: float, worth: Array, ids: Array, arcs: Arcs, room: Array, tokens: Array,
+    ranked: Array, scores: Array, chosen: Array, parents: Array, n: int,
 ) -> int:  # fmt: skip
     """Prefixes with one of the `likely` best tokens more come onto the list; how many are on it then."""
     size = worth.shape[1]
@@ -208,7 +210,7 @@ def _grow(
         if total[k] == NEVER:
             continue
         for c in range(likely):
-            if n == size and total[k] + ranked[c] + (extra[k] + (reward + most)) <= scores[n - 1]:
+            if n == size and total[k] + ranked[c] + (extra[k] + (reward + arcs.most)) <= scores[n - 1]:
                 break  # the others are worse still
             token = tokens[c]
             known = False
@@ -218,8 +220,8 @@ def _grow(
                 continue
             score = (free[k] if token == last[k] else total[k]) + ranked[c]
             gain = reward
-            if len(arc_token):
-                gain += _follow(node[k], token, first, arc_token, child, failure, owed, bonus)[1]
+            if len(arcs.token):
+                gain += _follow(node[k], token, arcs)[1]
             score += extra[k] + gain
             if score > NEVER:
                 n = _put(score, size + k * width + c, scores, chosen, n)
@@ -228,9 +230,8 @@ def _grow(
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator,unused-ignore]
 def _keep(
-    width: int, reward: float, worth: Array, ids: Array, after: Array, ids_after: Array, first: Array,
-    arc_token: Array, child: Array, failure: Array, owed: Array, bonus: float, source: Array, began: Array, room: Array,
-    tokens: Array, ranked: Array, chosen: Array, n: int,
+    width: int, reward: float, worth: Array, ids: Array, after: Array, ids_after: Array, arcs: Arcs, source: Array,
+    began: Array, room: Array, tokens: Array, ranked: Array, chosen: Array, n: int,
 ) -> None:  # fmt: skip
     """The `n` that are `chosen` are the next state.
 
@@ -264,8 +265,8 @@ def _keep(
         after[0, s] = (free[k] if same else total[k]) + ranked[c]
         after[2, s] = (best_free[k] if same else best[k]) + ranked[c]
         gain = reward
-        if len(arc_token):
-            ids_after[3, s], given = _follow(ids[3, k], token, first, arc_token, child, failure, owed, bonus)
+        if len(arcs.token):
+            ids_after[3, s], given = _follow(ids[3, k], token, arcs)
             gain += given
         after[4, s] += gain
         mixed = (ids[0, k] ^ ((token + 1) * MIX_A)) * MIX_B
@@ -277,9 +278,8 @@ def _keep(
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator,unused-ignore]
 def _rows(
-    x: Array, live: Array, blank: int, width: int, reward: float, worth: Array, ids: Array,
-    first: Array, arc_token: Array, child: Array, failure: Array, owed: Array, bonus: float, most: float,
-    root: Array, label: Array, begins: Array, token: Array, log_prob: Array,
+    x: Array, live: Array, blank: int, width: int, reward: float, worth: Array, ids: Array, arcs: Arcs, root: Array,
+    label: Array, begins: Array, token: Array, log_prob: Array,
 ) -> None:  # fmt: skip
     """All frames of all rows: the state in place, and the paths followed back."""
     rows, frames, _ = x.shape
@@ -295,13 +295,13 @@ def _rows(
                 n, top = _stay(x[b, t], blank, worth[b], ids[b], source[t], began[t], room, scores, chosen, parents)
                 above = NEVER
                 if n == size:  # less than this cannot enter; with a margin for rounding
-                    above = scores[n - 1] - top - (reward + most)
+                    above = scores[n - 1] - top - (reward + arcs.most)
                     above -= 1e-9 * (1 + abs(above) + abs(top))
                 likely = _likely(x[b, t], blank, width, above, tokens, ranked)
-                n = _grow(width, likely, reward, worth[b], ids[b], first, arc_token, child, failure, owed, bonus, most,
-                          room, tokens, ranked, scores, chosen, parents, n)  # fmt: skip
-                _keep(width, reward, worth[b], ids[b], after, ids_after, first, arc_token, child, failure, owed, bonus,
-                      source[t], began[t], room, tokens, ranked, chosen, n)  # fmt: skip
+                n = _grow(width, likely, reward, worth[b], ids[b], arcs, room, tokens, ranked, scores, chosen, parents,
+                          n)  # fmt: skip
+                _keep(width, reward, worth[b], ids[b], after, ids_after, arcs, source[t], began[t], room, tokens,
+                      ranked, chosen, n)  # fmt: skip
                 worth[b] = after
                 ids[b] = ids_after
                 lasts[t] = ids_after[2]

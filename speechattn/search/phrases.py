@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from speechattn.errors import InputError
 from speechattn.frames import Frames
-from speechattn.text.pieces import Encodes, spelled
+from speechattn.search.phrase_trie import Trie
+from speechattn.text.pieces import Encodes, Pieces, spelled
 
 __all__ = ["Hits", "PhraseScorer", "PhraseTables", "Phrases", "hits"]
 
@@ -49,12 +49,13 @@ def hits(
 
 
 class PhraseTables(NamedTuple):
-    """The automaton as plain arrays, for a compiled loop; N nodes, A arcs.
+    """The automaton as plain arrays, for a compiled loop; N nodes, A arcs, vocabulary V.
 
-    The children of node n are `child[first[n] : first[n + 1]]` by `token`, in order. A token that n has no child for
-    is looked up in `failure[n]`, and so on until the root, whose failure is itself. `owed[n]` is what is to be given
-    back of a phrase half said. From n, over the links to m, to a child of m: bonus + owed[m] - owed[n]; to the root
-    because there is no child anywhere: -owed[n].
+    A text at node n goes on with a token t from s = `ended[n]` where `begins[t]`, else from s = n. The children of
+    node s are `child[first[s] : first[s + 1]]` by `token`, in order. A token that s has no child for is looked up in
+    `failure[s]`, and so on until the root, whose failure is itself. `owed[s]` is what is to be given back of phrases
+    not said. From s, over the links to m, to a child of m: bonus + owed[m] - owed[s]; to the root because there is no
+    child anywhere: -owed[s]. The end of the text: -owed[ended[n]].
     """
 
     first: np.ndarray[Any, Any]  # [N + 1] int64
@@ -64,86 +65,8 @@ class PhraseTables(NamedTuple):
     root: np.ndarray[Any, Any]  # [N] int64: that of the set that the node belongs to
     depth: np.ndarray[Any, Any]  # [N] int64: tokens that the node stands for
     owed: np.ndarray[Any, Any]  # [N] float64
-
-
-@dataclass(frozen=True)
-class Trie:
-    """One set of phrases: node 0 is the root, parents come before children.
-
-    A node stands for the last tokens of a text, the longest end of it that some phrase begins with (Aho-Corasick),
-    and for which of them lie in a phrase already said. So a few strings have several nodes: where "b c" was begun in
-    the middle of a phrase "a b" that was completed, "b" is paid for.
-    """
-
-    children: list[dict[int, int]]
-    failure: list[int]
-    depth: list[int]
-    open: list[int]  # tokens that lie in no phrase said
-
-    @classmethod
-    def of(cls, phrases: Sequence[Sequence[int]]) -> Trie:
-        """The automaton of some phrases."""
-        children, ends = plain(phrases)
-        failure, order, depth = links(children)
-        inside = [0] * len(children)  # bit i: token i of the node's string lies in a phrase within the string
-        longest = [0] * len(children)  # the longest phrase that the string ends with
-        for parent, node in order:
-            longest[node] = depth[node] if node in ends else longest[failure[node]]
-            inside[node] = inside[parent] | (((1 << longest[node]) - 1) << (depth[node] - longest[node]))
-        states = [(0, 0), *((node, inside[node]) for _, node in order)]
-        ids = {state: i for i, state in enumerate(states)}
-        arcs: list[dict[int, int]] = []
-        links_: list[int] = []
-
-        def known(state: tuple[int, int]) -> int:
-            if state not in ids:
-                ids[state] = len(states)
-                states.append(state)
-            return ids[state]
-
-        for node, paid in states:  # which grows
-            behind = failure[node]
-            links_.append(known((behind, paid >> (depth[node] - depth[behind]))))
-            arcs.append({token: known((to, paid | inside[to])) for token, to in sorted(children[node].items())})
-        return cls(
-            arcs, links_, [depth[node] for node, _ in states],
-            [depth[node] - paid.bit_count() for node, paid in states],
-        )  # fmt: skip
-
-
-def plain(phrases: Sequence[Sequence[int]]) -> tuple[list[dict[int, int]], set[int]]:
-    """The children of each node of a trie, and the nodes where a phrase ends."""
-    children: list[dict[int, int]] = [{}]
-    ends: set[int] = set()
-    for phrase in phrases:
-        node = 0
-        for token in phrase:
-            if token not in children[node]:
-                children[node][token] = len(children)
-                children.append({})
-            node = children[node][token]
-        ends.add(node)
-    return children, ends
-
-
-def links(children: list[dict[int, int]]) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-    """Each node's failure link, all (parent, node) by depth, and the depths."""
-    failure, depth = [0] * len(children), [0] * len(children)
-    order: list[tuple[int, int]] = []
-    queue = deque([0])
-    while queue:
-        parent = queue.popleft()
-        for token, node in children[parent].items():
-            depth[node] = depth[parent] + 1
-            order.append((parent, node))
-            queue.append(node)
-            behind = parent
-            while behind:
-                behind = failure[behind]
-                if token in children[behind]:
-                    failure[node] = children[behind][token]
-                    break
-    return failure, order, depth
+    ended: np.ndarray[Any, Any]  # [N] int64: n itself where no phrase waits for the end of its word
+    begins: np.ndarray[Any, Any]  # [V] bool
 
 
 class Arrays(NamedTuple):
@@ -156,23 +79,37 @@ class Arrays(NamedTuple):
     first: Tensor  # [N + 1]
     root: Tensor  # [N]
     owed: Tensor  # [N]
+    ended: Tensor  # [N]
+    begins: Tensor  # [V + 2] of tokens -1 to V; the first and the last end a text
 
 
 class Phrases:
     """Sets of phrases, as token sequences over a vocabulary of `vocab`; nodes of all sets are numbered through.
 
+    A phrase was said where its tokens follow each other and the word of the last one ends: the next token is one of
+    `begins`, those that begin a word or end the text, or there is none. Without `begins` it was said with its last
+    token, as in text without spaces.
+
     A hypothesis' state is the id of a node. Law: over any text, what `step` gave and `finish` at its end give add up
-    to `bonus` times the number of tokens that lie in at least one phrase said in full; a token that two phrases share
-    counts once. Each token that goes on with a phrase gives `bonus` at once, and what turns out not to be a phrase is
-    given back. After each token that lies in no beginning of a phrase, nothing is owed.
+    to `bonus` times the number of tokens that lie in at least one phrase said. Each phrase counts wherever it was
+    said, also inside or at the beginning of another ("go" in "go on" and in "go off", not in "gold"); a token that
+    several share counts once. Each token that goes on with a phrase gives `bonus` at once, and what turns out not to
+    be said is given back: what was given so far is for the tokens in phrases said, and for those of the longest end
+    of the text that some phrase begins with, or is.
 
     Sets are added and removed while others are in use, and rows of one batch may use different ones: a node knows its
     set. Nodes of a set that was removed must not be used any more, unless by `moved`, before.
     """
 
-    def __init__(self, phrases: Sequence[Sequence[int]] = (), *, bonus: float = 1.0, vocab: int) -> None:
+    def __init__(
+        self, phrases: Sequence[Sequence[int]] = (), *, bonus: float = 1.0, vocab: int,
+        begins: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         if vocab < 1:
             raise ValueError(f"a vocabulary of {vocab}")
+        self.begins = None if begins is None else frozenset(begins)
+        if wrong := sorted(token for token in self.begins or () if not 0 <= token < vocab):
+            raise ValueError(f"tokens {wrong} begin a word: tokens are 0 to {vocab - 1}")
         self.bonus, self.vocab, self.version = bonus, vocab, 0  # of the sets: it grows with every change
         self._sets: dict[int, Trie] = {}
         self._arrays: dict[tuple[torch.device, torch.dtype], Arrays] = {}
@@ -180,8 +117,12 @@ class Phrases:
 
     @classmethod
     def from_text(cls, lines: Sequence[str], tokenizer: Encodes, *, bonus: float = 1.0, vocab: int) -> Phrases:
-        """Phrases as a user writes them, one a line; see `spelled`."""
-        return cls([s for phrase in spelled(lines, tokenizer) for s in phrase.spellings], bonus=bonus, vocab=vocab)
+        """Phrases as a user writes them, one a line (see `spelled`), that end with a word if the tokenizer knows words.
+
+        InputError for what cannot be spelled, and for pieces that end with a space.
+        """
+        tokens = [s for phrase in spelled(lines, tokenizer) for s in phrase.spellings]
+        return cls(tokens, bonus=bonus, vocab=vocab, begins=beginnings(tokenizer))
 
     def add(self, phrases: Sequence[Sequence[int]]) -> int:
         """Another set of phrases; its root. ValueError for a phrase without tokens or with unknown ones."""
@@ -190,7 +131,7 @@ class Phrases:
                 raise ValueError("a phrase without tokens")
             if min(phrase) < 0 or max(phrase) >= self.vocab:
                 raise ValueError(f"phrase {list(phrase)}: tokens are 0 to {self.vocab - 1}")
-        trie = Trie.of(phrases)
+        trie = Trie.of(phrases, self.begins)
         root = 0
         for at, other in sorted(self._sets.items()):  # the first gap that is large enough
             if at - root >= len(trie.depth):
@@ -220,9 +161,11 @@ class Phrases:
     def step(self, node: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Behind `node` [...] each says `token` [...] -> next nodes [...], bonus [...]; shapes are broadcast.
 
-        Tokens -1 and V are in no phrase.
+        Tokens -1 and V are in no phrase, and end the text.
         """
         at = self._on(node.device)
+        if self.begins is not None:
+            node = torch.where(at.begins.take(token + 1), at.ended.take(node), node)
         chain = F.embedding(node, at.chain)
         key = chain + token[..., None]
         arc = torch.searchsorted(at.key, key)
@@ -235,19 +178,30 @@ class Phrases:
 
     def finish(self, node: Tensor) -> Tensor:
         """What the end of the text gives [...]: back what a phrase half said got."""
-        return -self._on(node.device).owed[node]
+        at = self._on(node.device)
+        return -at.owed[at.ended[node]]
 
     def scores(self, node: Tensor) -> Tensor:
         """The bonus of every token [..., V] behind `node` [...]."""
-        at = self._on(node.device)
-        flat = node.reshape(-1)
+        at, flat = self._on(node.device), node.reshape(-1)
+        if self.begins is None:
+            return self._dense(flat, at).view(*node.shape, self.vocab)
+        over = at.ended[flat]
+        rows = (over != flat).nonzero()[:, 0]
+        every = self._dense(torch.cat([flat, over[rows]]), at)
+        out = every[: len(flat)]
+        out[rows] = torch.where(at.begins[1:-1], every[len(flat) :], out[rows])
+        return out.view(*node.shape, self.vocab)
+
+    def _dense(self, flat: Tensor, at: Arrays) -> Tensor:
+        """What every token gives [N, V] that goes on from nodes [N] themselves, whether it begins a word or not."""
         chain = at.chain[flat] // (self.vocab + 2)
         new = chain != chain.roll(1, 1)  # not the root again
         new[:, 0] = True
         rows, column = new.nonzero(as_tuple=True)
         origin = chain[rows, column]
         count = at.first[origin + 1] - at.first[origin]
-        arc = torch.arange(int(count.sum()), device=node.device)
+        arc = torch.arange(int(count.sum()), device=flat.device)
         arc = arc - (count.cumsum(0) - count - at.first[origin]).repeat_interleave(count)
         token = at.key[arc] % (self.vocab + 2) - 1
         value = at.gain[arc] - at.owed[flat[rows]].repeat_interleave(count)
@@ -255,29 +209,32 @@ class Phrases:
         where = (rows * self.vocab).repeat_interleave(count) + token
         nearest = "amax" if self.bonus > 0 else "amin"  # the longest match gives most
         out.view(-1).scatter_reduce_(0, where, value, nearest)
-        return out.view(*node.shape, self.vocab)
+        return out
 
     def moved(self, node: Tensor, root: int | Tensor, recent: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Hypotheses [B, K] go over to the set of `root` (or [B]) -> nodes, bonus [B, K].
 
         `recent` [B, K, U] is what they said last, as far as it is known, the first `length` [B, K] of it. What the
-        old set kept for phrases half said is exchanged for what the new set would have given for them.
+        old set gave for phrases not said (or whose last word may still go on) is exchanged for what the new set would
+        have given for its own.
         """
         new = self.start(*node.shape, root=root).to(node.device)
         for u in range(recent.shape[2]):
             new = torch.where(u < length, self.step(new, recent[..., u])[0], new)
-        return new, self.finish(node) - self.finish(new)
+        owed = self._on(node.device).owed
+        return new, owed[new] - owed[node]
 
     def tables(self) -> PhraseTables:
         """All sets as plain arrays."""
         size = max((root + len(trie.depth) for root, trie in self._sets.items()), default=0)
-        failure, home, depth = np.arange(size), np.arange(size), np.zeros(size, np.int64)
+        failure, home, depth, ended = np.arange(size), np.arange(size), np.zeros(size, np.int64), np.arange(size)
         degree, owed = np.zeros(size, np.int64), np.zeros(size)
         token: list[int] = []
         child: list[int] = []
         for root, trie in sorted(self._sets.items()):
             span = slice(root, root + len(trie.depth))
             failure[span] = np.array(trie.failure) + root
+            ended[span] = np.array(trie.ended) + root
             home[span] = root
             depth[span] = trie.depth
             owed[span] = np.array(trie.open) * self.bonus
@@ -285,7 +242,11 @@ class Phrases:
             token += [t for arcs in trie.children for t in arcs]
             child += [to + root for arcs in trie.children for to in arcs.values()]
         first = np.concatenate([[0], degree.cumsum()]).astype(np.int64)
-        return PhraseTables(first, np.array(token, np.int64), np.array(child, np.int64), failure, home, depth, owed)
+        words = np.zeros(self.vocab, np.bool_)
+        words[sorted(self.begins or ())] = True
+        return PhraseTables(
+            first, np.array(token, np.int64), np.array(child, np.int64), failure, home, depth, owed, ended, words
+        )
 
     def _on(self, device: torch.device) -> Arrays:
         """The arrays on a device."""
@@ -310,14 +271,33 @@ class Phrases:
         chains = np.stack(chain, 1) * (self.vocab + 2) + 1
         return Arrays(
             put(chains), put(key), put(np.append(tables.child, 0)), put(gain).to(dtype), put(tables.first),
-            put(tables.root), put(tables.owed).to(dtype),
+            put(tables.root), put(tables.owed).to(dtype), put(tables.ended),
+            put(np.concatenate([[True], tables.begins, [True]])),
         )  # fmt: skip
+
+
+def beginnings(tokenizer: Encodes) -> list[int] | None:
+    """The tokens that a word ends before; None where text has no spaces, or where the tokenizer knows no words.
+
+    InputError for pieces that end with a space: the end of a word cannot be seen in what follows it.
+    """
+    begins: Sequence[bool] | None = getattr(tokenizer, "begins", None)
+    if isinstance(tokenizer, Pieces):
+        space = tokenizer.space
+        if not space:
+            return None
+        if late := next((p for p in tokenizer.pieces if p.endswith(space) and p.strip(space)), None):
+            raise InputError(f"phrases need pieces that begin with the space, not end with it as {late!r}")
+    if begins is None or not any(begins):
+        return None
+    end = getattr(tokenizer, "end", None)
+    return [i for i, word in enumerate(begins) if word or i == end]
 
 
 class PhraseScorer:
     """`Phrases` as a `Scorer`: the state is the node of each hypothesis [B, K].
 
-    A token that no phrase has, as the end of the sentence, takes back what a half-said phrase was given.
+    The end of the sentence is a token as any other, in no phrase: with `Phrases.begins` it must be one of these.
     """
 
     partial = False

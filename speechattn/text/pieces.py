@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -77,6 +77,12 @@ class Pieces:
             ids.append(self._id(piece, text))
             at += len(piece)
         return ids
+
+    def letters(self, text: str) -> list[int]:
+        """Text -> ids of its letters and of the marks before words; InputError for one that is no piece."""
+        words = text.split()
+        spelled = "".join(MARK + word for word in words) if self.space == MARK else self.space.join(words)
+        return [self._id(letter, text) for letter in spelled]
 
     def _text(self, piece: str) -> bool:
         """It is a piece, and not a special one."""
@@ -157,15 +163,17 @@ class Phrase(NamedTuple):
 
 
 def spelled(lines: Sequence[str], tokenizer: Encodes) -> list[Phrase]:
-    """Plain text -> tokens, as at the beginning of a text and as behind a space.
+    """Plain text -> tokens, as at the beginning of a text, as behind a space, and of `Pieces` letter by letter.
 
-    Where the vocabulary cannot spell a phrase as it is written, in lower case; else in upper case. InputError naming
-    the phrases that cannot be spelled at all.
+    A model need not spell a rare word with the longest pieces. Where the vocabulary cannot spell a phrase as it is
+    written, in lower case; else in upper case. InputError naming the phrases that cannot be spelled at all.
     """
 
-    def encoded(text: str) -> tuple[int, ...]:
+    by_letter = tokenizer.letters if isinstance(tokenizer, Pieces) else tokenizer.encode
+
+    def encoded(text: str, encode: Callable[[str], list[int]] = tokenizer.encode) -> tuple[int, ...]:
         try:
-            tokens = tuple(tokenizer.encode(text))
+            tokens = tuple(encode(text))
         except (SpeechAttnError, ValueError):
             return ()
         return () if getattr(tokenizer, "unknown", None) in tokens else tokens
@@ -173,7 +181,11 @@ def spelled(lines: Sequence[str], tokenizer: Encodes) -> list[Phrase]:
     found = []
     for line in lines:
         text = " ".join(line.split())
-        forms = ({encoded(form), encoded(f" {form}")} - {()} for form in (text, text.lower(), text.upper()) if text)
+        forms = (
+            {encoded(form), encoded(f" {form}"), encoded(form, by_letter)} - {()}
+            for form in (text, text.lower(), text.upper())
+            if text and encoded(form)
+        )
         found.append(Phrase(line, tuple(sorted(next(filter(None, forms), ())))))
     if wrong := [phrase.text for phrase in found if not phrase.spellings]:
         raise InputError(f"phrases that the model's vocabulary cannot spell: {', '.join(map(repr, wrong))}")
