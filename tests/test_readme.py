@@ -27,10 +27,22 @@ def test_the_python_example_runs(
     clip = next(line for line in read_split(fotaq, "test") if line.name.startswith("TAM1"))
     x, rate = soundfile.read(clip.path)
     soundfile.write(tmp_path / "talk.wav", np.concatenate([x, x]), rate)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     for example in blocks("python"):
         exec(compile(example, "README.md", "exec"), {})
-    assert len(capsys.readouterr().out.split()) > 3
+    said = capsys.readouterr().out
+    assert len(said.split()) > 12
+    assert said.endswith("call john please\n call jon please")  # as the comments say
+
+
+def test_the_how_to_of_decoding_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {}
+    text = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(example, "docs/decoding.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("one two three four five six\n")
 
 
 def test_the_how_to_of_streams_runs(capsys: pytest.CaptureFixture[str]) -> None:
