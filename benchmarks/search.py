@@ -182,8 +182,10 @@ def main() -> None:
     torch.manual_seed(0)
     report = Report()
     with torch.inference_mode():
-        for group in (ctc_peers, ctc_phrases, joint_search.figures, transducer_search.figures, long_recordings.figures):
+        for group in (ctc_peers, ctc_phrases, joint_search.figures):
             group(report, quick)
+    for group in (transducer_search.figures, long_recordings.figures):
+        group(report, quick)
     report.print()
 
 
