@@ -71,6 +71,14 @@ class Frames:
     def __getitem__(self, span: slice) -> Frames:
         return Frames(self.values[:, span], self.mask[:, span])
 
+    def front(self) -> Frames:
+        """The valid frames of each row in front, one behind the other, and no more room than the longest row needs."""
+        if bool(self.mask.all()):
+            return self
+        order = (~self.mask).byte().argsort(dim=1, stable=True)[:, : int(self.lengths.max()) if len(self.mask) else 0]
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        return Frames.of(self.values[rows, order], self.mask[rows, order])
+
     def pad(self, n: int) -> Frames:
         """`n` invalid frames more at the end."""
         space = [0, 0] * (self.values.dim() - 2) + [0, n]

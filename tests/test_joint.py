@@ -18,7 +18,7 @@ from speechattn.frames import Frames, Memory
 from speechattn.search import Beam, Hypothesis
 from speechattn.search.attention import AttentionScorer
 from speechattn.search.ctc_prefix import CTCPrefixScorer
-from speechattn.search.joint import Endings, JointBeam, justified
+from speechattn.search.joint import Endings, JointBeam
 from speechattn.search.length import LengthBonus
 from speechattn.search.phrases import Phrases, PhraseScorer
 
@@ -457,7 +457,7 @@ def test_spans_without_a_scorer_that_knows_are_blocks() -> None:
 
 def test_frames_in_front_keep_their_order() -> None:
     x = Frames.of(torch.arange(10).double().view(2, 5, 1), torch.tensor([[1, 0, 1, 0, 1], [0, 0, 0, 1, 0]]).bool())
-    y = justified(x)
+    y = x.front()
     assert y.values[..., 0].tolist() == [[0, 2, 4], [8, 0, 0]]
     assert y.mask.tolist() == [[True] * 3, [True, False, False]]
 

@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent / "digits"
 LINES: list[dict[str, Any]] = json.loads((FOLDER / "transcripts.json").read_text(encoding="utf-8"))
 USUAL = [line for line in LINES if not line["rare"]]
 RATE = 16000
-KINDS = ["ctc", "transducer", "joint"]
+KINDS = ["ctc", "transducer", "joint", "rescored"]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_long_stream_costs_what_a_short_one_costs(model: Recognizer, kind: str
     rates = [word_errors(reference, [text(events)], normalise="none").rate for events in rounds]
     assert max(rates) <= 0.06, rates
     assert sum(event.final for events in rounds for event in events) in (4 * len(USUAL) - 1, 4 * len(USUAL))
-    assert max(sizes[1:]) <= 1.2 * sizes[0]
+    assert max(sizes) <= sizes[0] + 64 * 25 * 10  # ten seconds of frames, of the two minutes that were heard
 
 
 @pytest.mark.parametrize("kind", KINDS)

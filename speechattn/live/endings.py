@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from speechattn.errors import InputError
 
-__all__ = ["Limits", "StreamSettings"]
+__all__ = ["Limits", "StreamSettings", "at_least"]
+
+
+def at_least(settings: object, **least_s: float) -> None:
+    """InputError names the first of the settings that is less than so many seconds, or no number."""
+    for name, least in least_s.items():
+        if not getattr(settings, name) >= least:
+            raise InputError(f"{name} is {getattr(settings, name)}: at least {least} s are needed")
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,7 @@ class StreamSettings:
     certainty: float = 0.95
 
     def __post_init__(self) -> None:
-        least_s = {"pause_s": 0.04, "silence_s": 0.04, "guard_s": 0.0, "longest_s": 1.0, "patience_s": 0.0}
-        for name, least in least_s.items():
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name} is {getattr(self, name)}: at least {least} s are needed")
+        at_least(self, pause_s=0.04, silence_s=0.04, guard_s=0.0, longest_s=1.0, patience_s=0.0)
         if not 0.5 <= self.certainty <= 1:
             raise InputError(f"certainty is {self.certainty}: from 0.5 to 1")
 

@@ -11,6 +11,7 @@ import numpy as np
 from speechattn.audio.resample import Samples
 from speechattn.audio.vad import FRAME, Endpointer, SileroVAD, VoiceActivity
 from speechattn.errors import InputError
+from speechattn.live.endings import at_least
 from speechattn.live.listener import Decision, WindowModel
 from speechattn.live.utterance import Utterance
 from speechattn.policy import Policy
@@ -40,9 +41,7 @@ class Settings:
     context_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("min_chunk_s", 0.032), ("silence_s", 0.032), ("max_window_s", 2.0)):
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name} is {getattr(self, name)}: at least {least} s are needed")
+        at_least(self, min_chunk_s=0.032, silence_s=0.032, max_window_s=2.0)
 
 
 class Windowed:

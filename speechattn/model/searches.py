@@ -16,6 +16,7 @@ from speechattn.search.ctc_prefix import CTCPrefixScorer
 from speechattn.search.headed import Headed
 from speechattn.search.joint import JointBeam
 from speechattn.search.phrases import Phrases, PhraseScorer
+from speechattn.search.rescoring import Rescored
 from speechattn.search.transducer import TransducerBeam, TransducerGreedy
 from speechattn.text.pieces import Pieces
 
@@ -77,6 +78,18 @@ class Jointly:
         return JointBeam(scorers, size, eos=end, block=16)
 
 
+class InTwoPasses:
+    """Prefixes of CTC live; at the end of an utterance attention chooses among them (U2, arXiv 2012.05481)."""
+
+    needs: tuple[str, ...] = ("ctc", "attention")
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """Both weigh alike."""
+        end = ending(tokenizer)
+        first = CTCPrefixBeam(size, blank=heads["ctc"].blank, phrases=phrases)
+        return Rescored(Headed(heads["ctc"], first), heads["attention"], sos=end, eos=end, weight=1.0)
+
+
 class AtOnce:
     """All tokens in parallel where CTC hears them (CASS-NAT); whole utterances."""
 
@@ -98,7 +111,8 @@ def ending(tokenizer: Pieces) -> int:
 
 
 SEARCHES: Mapping[str, Kind] = {
-    "transducer": ByTransducer(), "joint": Jointly(), "ctc": ByCTC(), "cass_nat": AtOnce(),
+    "transducer": ByTransducer(), "joint": Jointly(), "ctc": ByCTC(), "rescored": InTwoPasses(),
+    "cass_nat": AtOnce(),
 }  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from speechattn.decoder.cass_nat import CassNatDecoder, Spans
 from speechattn.frames import Frames, Memory
 from speechattn.search.beam import Beam, Prefixes, Search
-from speechattn.search.joint import justified
 from speechattn.stream import Buffer
 
 __all__ = ["CassNat", "sampled", "spans_in"]
@@ -56,7 +55,7 @@ class CassNat(Search):
 
     @torch.inference_mode()
     def step(self, x: Frames, beam: Beam) -> Beam:
-        x = justified(Frames.of(x.values, x.mask))
+        x = Frames.of(x.values, x.mask).front()
         return replace(beam, frames=beam.frames + x.lengths, state=beam.state.append(x.values, x.mask))
 
     def select(self, beam: Beam, parents: Tensor) -> Beam:
@@ -64,7 +63,7 @@ class CassNat(Search):
 
     @torch.inference_mode()
     def finish(self, beam: Beam) -> Beam:
-        x = justified(Frames(beam.state.values, beam.state.mask))
+        x = Frames(beam.state.values, beam.state.mask).front()
         paths = sampled(self.head(x), self.samples, threshold=self.threshold, blank=self.blank, seed=self.seed)
         spans = distinct(spans_in(paths, blank=self.blank), len(x.mask))
         said, score = self._read(x, spans, (beam.frames - x.lengths)[:, None, None])

@@ -12,7 +12,7 @@ from torch import Tensor
 from speechattn import tree
 from speechattn.frames import Frames
 from speechattn.search.beam import Beam, Prefixes, Search
-from speechattn.search.ctc_paths import Spoken, compact, extended, traced, written
+from speechattn.search.ctc_paths import Spoken, extended, traced, written
 from speechattn.search.phrases import Phrases
 from speechattn.search.scorer import Scorer
 from speechattn.tree import node
@@ -40,7 +40,8 @@ class CTCGreedy(Search):
         return Beam(Prefixes.empty(x.values, 1), score, torch.zeros_like(at), at)
 
     def step(self, x: Frames, beam: Beam) -> Beam:
-        values, there = compact(x)
+        x = x.front()
+        values, there = x.values, x.mask
         if not there.numel():
             return beam
         best, token = values.max(-1)
@@ -152,7 +153,8 @@ class CTCPrefixBeam(Search):
         return Beam(state.said(), score.clone(), whole[:, 0].clone(), state)
 
     def step(self, x: Frames, beam: Beam) -> Beam:
-        values, there = compact(x)
+        x = x.front()
+        values, there = x.values, x.mask
         state, frames = beam.state, beam.frames
         for at in range(0, there.shape[1], PIECE):
             piece, new = values[:, at : at + PIECE], there[:, at : at + PIECE]

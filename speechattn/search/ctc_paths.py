@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from speechattn.frames import Frames
 from speechattn.search.beam import Prefixes
 
-__all__ = ["Spoken", "compact", "extended", "traced", "written"]
+__all__ = ["Spoken", "extended", "traced", "written"]
 
 MIX = -7046029254386353131, -4658895280553007687  # odd numbers of 64 bits
 
@@ -71,15 +70,6 @@ def written(said: Prefixes, new: Spoken, frames: Tensor) -> Prefixes:
         done(tokens.scatter(2, anew, new.token)), done(starts.scatter(2, anew, spans)),
         done(ends.scatter_reduce(2, goes, spans + 1, "amax")), done(log_probs), length,
     )  # fmt: skip
-
-
-def compact(x: Frames) -> tuple[Tensor, Tensor]:
-    """The valid frames of each row in front, [B, T, V], and where they are [B, T]."""
-    values, there = x.values, x.mask
-    if bool(there.all()):
-        return values, there
-    order = (~there).byte().argsort(dim=1, stable=True)[:, : int(there.sum(1).max())]
-    return values.take_along_dim(order[..., None], 1), there.gather(1, order)
 
 
 def extended(key: Tensor, token: Tensor) -> Tensor:

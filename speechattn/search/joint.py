@@ -157,7 +157,7 @@ class JointBeam(Search):
 
     @torch.inference_mode()
     def step(self, x: Frames, beam: Beam) -> Beam:
-        x = justified(x)
+        x = x.front()
         pending = beam.state.pending.append(x.values, x.mask)
         beam = replace(beam, frames=beam.frames + x.lengths, state=replace(beam.state, pending=pending))
         while self.block is not None:
@@ -196,7 +196,7 @@ class JointBeam(Search):
 
     def _read(self, beam: Beam, n: int) -> Beam:
         """Let the scorers read the next `n` frames that wait, or as many as there are."""
-        x = justified(Frames(beam.state.pending.values, beam.state.pending.mask))
+        x = Frames(beam.state.pending.values, beam.state.pending.mask).front()
         now, rest = x[:n], x[n:]
         states = tuple(
             scorer.read(now, state) for (_, scorer), state in zip(self.scorers, beam.state.scorers, strict=True)
@@ -335,12 +335,3 @@ class JointBeam(Search):
         tokens = torch.cat([tokens, torch.full_like(tokens[..., :1], self.eos)], -1)
         best = torch.cat([best, total[..., self.eos : self.eos + 1].masked_fill(ended, NONE)], -1)
         return best, None if first is None else first.gather(2, tokens), tokens
-
-
-def justified(x: Frames) -> Frames:
-    """The valid frames of each row in front, one behind the other, and no more room than the longest row needs."""
-    if bool(x.mask.all()):
-        return x
-    order = (~x.mask).long().argsort(dim=1, stable=True)[:, : int(x.lengths.max()) if len(x.mask) else 0]
-    wide = order.view(*order.shape, *[1] * (x.values.dim() - 2)).expand(-1, -1, *x.values.shape[2:])
-    return Frames.of(x.values.gather(1, wide), x.mask.gather(1, order))

@@ -41,7 +41,8 @@ class Rescored(Search):
     """
 
     def __init__(self, search: Search, decoder: Judge, *, sos: int, eos: int, weight: float = 0.5) -> None:
-        self.first, self.decoder, self.size, self.phrases = search, decoder, search.size, search.phrases
+        self.first, self.decoder, self.size = search, decoder, search.size
+        self.phrases, self.prompt = search.phrases, search.prompt
         self.sos, self.eos, self.weight = sos, eos, weight
 
     def start(self, x: Frames) -> Beam:
@@ -60,7 +61,7 @@ class Rescored(Search):
         return replace(beam, state=state)
 
     def step(self, x: Frames, beam: Beam) -> Beam:
-        heard = beam.state.heard.append(x.values, x.mask)
+        heard = kept(beam.state.heard, x.values, x.mask)
         return self._with(beam, self.first.step(x, self._inner(beam)), heard=heard)
 
     @torch.inference_mode()
@@ -83,10 +84,10 @@ class Rescored(Search):
         return replace(self.select(beam, best), score=score)
 
     def commit(self, beam: Beam, n: Tensor) -> Beam:
-        kept = self._with(beam, self.first.commit(self._inner(beam), n))
+        new = self._with(beam, self.first.commit(self._inner(beam), n))
         at = torch.arange(beam.said.tokens.shape[2], device=n.device)
-        committed = beam.state.committed.append(beam.said.tokens[:, 0], at < n[:, None])
-        return replace(kept, state=replace(kept.state, committed=committed))
+        committed = kept(beam.state.committed, beam.said.tokens[:, 0], at < n[:, None])
+        return replace(new, state=replace(new.state, committed=committed))
 
     def select(self, beam: Beam, parents: Tensor) -> Beam:
         return self._with(beam, self.first.select(self._inner(beam), parents))
@@ -98,3 +99,9 @@ class Rescored(Search):
         """The `new` beam of the search with what stands beside it in the `old` one."""
         heard = old.state.heard if heard is None else heard
         return replace(new, state=replace(old.state, first=new.state, heard=heard))
+
+
+def kept(buffer: Buffer, values: Tensor, mask: Tensor) -> Buffer:
+    """What is there of the buffer and of `values` [B, T, ...], without holes: rows that begin anew leave some."""
+    x = Frames.cat([Frames(buffer.values, buffer.mask), Frames(values, mask)]).front()
+    return Buffer(x.values, x.mask)

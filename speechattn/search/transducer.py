@@ -86,13 +86,6 @@ class TransducerSearch(Search):
         return found
 
 
-def compacted(x: Frames) -> tuple[Tensor, Tensor]:
-    """The valid frames of each row in front [B, T', ...], and how many there are [B]."""
-    count = x.lengths
-    order = (~x.mask).byte().sort(dim=1, stable=True).indices[:, : int(count.max()) if len(count) else 0]
-    return x.values[torch.arange(len(order), device=order.device)[:, None], order], count
-
-
 class TransducerGreedy(TransducerSearch):
     """The most probable symbol, again and again; a blank goes on to the next frame, and so do `max_symbols` labels.
 
@@ -105,7 +98,7 @@ class TransducerGreedy(TransducerSearch):
 
     @torch.no_grad()
     def step(self, x: Frames, beam: Beam) -> Beam:
-        values, count = compacted(x)
+        count, values = x.lengths, x.front().values
         blank, joint = self.decoder.blank, self.decoder.joint
         frames, rows = joint.frames(values), torch.arange(len(count), device=count.device)
         score, said, heard = beam.score[:, 0], beam.said, beam.state.heard[0]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from speechattn.errors import ModelError
+from speechattn.model import config
 
 __all__ = ["ACTIVATIONS", "CONVOLUTIONS", "EncoderConfig", "Options", "encoder_of", "read_config", "read_yaml"]
 
@@ -194,17 +195,8 @@ def e_branchformer(options: Options) -> EncoderConfig:
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """A mapping; ModelError names the file when there is none."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ModelError("reading ESPnet's config.yaml needs PyYAML: pip install pyyaml") from error
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(said, dict) or not isinstance(said.get("encoder_conf") or {}, dict):
+    """A mapping with a section for the encoder; ModelError names the file when there is none."""
+    said = config.read_yaml(path)
+    if not isinstance(said.get("encoder_conf") or {}, dict):
         raise ModelError(f"{path}: not the config.yaml of an ESPnet2 experiment")
     return said
