@@ -112,6 +112,23 @@ def test_a_folder_holds_the_model(folder: Path) -> None:
         ),
         (changed(encoder={"class": "speechattn.encoder.Conformer", "arg": {}}), "arg: a part has a class"),
         (changed(heads={"crc": CONFIG["heads"]["ctc"]}), "crc"),
+        (changed(heads={"ctc": "hello"}), "heads"),
+        (changed(heads={1: CONFIG["heads"]["ctc"]}), "1"),
+        (
+            changed(heads={"ctc": {"class": "speechattn.decoder.ctc.CTC", "args": {"dim": 16, "vocab": 12}}}),
+            "12 tokens",
+        ),
+        (changed(encoder={"class": "speechattn", "args": {}}), "is no module"),
+        (changed(encoder={"class": "speechattn.encoder", "args": {}}), "is no module"),
+        (changed(sample_rate=0), "sample_rate 0"),
+        (changed(sample_rate="x"), "sample_rate x"),
+        (changed(spaceless="no"), "spaceless no"),
+        (changed(language=5), "language 5"),
+        (
+            changed(front_end=CONFIG["front_end"]["args"]["spectrum"] | {"args": {"mels": 80, "rate": 8000}}),
+            "fit together",
+        ),
+        (changed(encoder=[CONFIG["encoder"]] * 900), "too large"),
     ],
 )
 def test_what_cannot_be_built_is_named(config: dict[str, Any], message: str) -> None:
@@ -119,12 +136,20 @@ def test_what_cannot_be_built_is_named(config: dict[str, Any], message: str) -> 
         from_config(config, PIECES)
 
 
+def test_a_bomb_is_no_configuration() -> None:
+    bomb: Any = "a"
+    for _ in range(60):
+        bomb = [bomb] * 9
+    with pytest.raises(ModelError, match="too"):
+        from_config(changed(front_end=bomb), PIECES)
+
+
 def test_weights_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     config["encoder"]["args"]["depth"] = 3
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     with pytest.raises(ModelError, match=r"missing \(encoder\.layers"):
         load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")

@@ -35,6 +35,9 @@ class Resampler:
         return np.asarray(self.stream.resample_chunk(samples, last=last), np.float32)
 
 
+LOUDEST = 1e6  # generous to who forgot to scale integers, and small enough for powers in float32
+
+
 def to_mono(samples: object) -> Samples:
     """Samples [n] or [n, channels], float or integer -> float32 [n], integers scaled to [-1, 1).
 
@@ -53,4 +56,6 @@ def to_mono(samples: object) -> Samples:
     bad = np.flatnonzero(~(finite.all(1) if x.ndim == 2 else finite))
     if len(bad):
         raise InputError(f"sample {bad[0]} is not a finite number ({len(bad)} such samples in this piece)")
+    if x.size and np.abs(x).max() > LOUDEST:
+        raise InputError(f"a sample of {np.abs(x).max():g}: sound in floating point lies between -1 and 1")
     return (x.mean(1) if x.ndim == 2 else x).astype(np.float32)

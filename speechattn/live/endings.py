@@ -9,11 +9,17 @@ from speechattn.errors import InputError
 __all__ = ["Limits", "StreamSettings", "at_least"]
 
 
+MOST_S = 1e9
+
+
 def at_least(settings: object, **least_s: float) -> None:
-    """InputError names the first of the settings that is less than so many seconds, or no number."""
+    """InputError names the first of the settings that is less than so many seconds, no number, or endless."""
     for name, least in least_s.items():
-        if not getattr(settings, name) >= least:
-            raise InputError(f"{name} is {getattr(settings, name)}: at least {least} s are needed")
+        value = getattr(settings, name)
+        if not value >= least:
+            raise InputError(f"{name} is {value}: at least {least} s are needed")
+        if value > MOST_S:
+            raise InputError(f"{name} is {value}: at most {MOST_S:g} s")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Limits:
         """At least one frame each."""
         names = ("pause_s", "silence_s", "guard_s", "longest_s", "patience_s")
         return cls(*(max(1, round(getattr(settings, name) / frame_s)) for name in names))
+
+    def weary(self, room: float) -> int:
+        """As how old a search counts that has this share of its room left: it ends at the next pause, or sooner."""
+        return next((times * self.longest for least, times in ((0.125, 4), (0.25, 2), (0.5, 1)) if room < least), 0)
 
     def until_end(self, nothing: list[bool], valid: list[bool], at: int, counts: list[int]) -> tuple[int, bool]:
         """Count (quiet, since, spoke) on from frame `at` to where an utterance ends: behind which frame, and if.

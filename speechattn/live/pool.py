@@ -32,6 +32,8 @@ class Pool:
     ) -> None:  # fmt: skip
         if slots < 1:
             raise InputError(f"a pool of {slots} slots: at least 1")
+        if settings is not None and not isinstance(settings, StreamSettings):
+            raise InputError(f"{type(settings).__name__}: the settings of a pool are StreamSettings")
         if not isinstance(model, StreamModel):
             raise InputError(
                 "a pool needs a model that streams; one that reads windows listens in a Session of its own"
@@ -86,7 +88,7 @@ class Pool:
 
         A slot that was closed and has nothing left is free after this.
         """
-        began = self.clock()
+        began, sessions = self.clock(), dict(self.sessions)
         ready = {slot: session for slot, session in self.sessions.items() if self._listener(session).ready}
         decisions = listen([self._listener(session) for session in ready.values()]) if ready else []
         events: dict[int, list[Event]] = {}
@@ -97,9 +99,24 @@ class Pool:
         for slot, session in list(self.sessions.items()):
             if session.closed and not self._listener(session).ready:
                 events.setdefault(slot, []).extend(session.tell(self._listener(session).last(), 0.0))
-                session.close()
                 del self.sessions[slot]
+        try:
+            self._announce(sessions, events)
+        finally:
+            for slot in sessions.keys() - self.sessions.keys():
+                sessions[slot].close()
         return {slot: said for slot, said in events.items() if said}
+
+    def _announce(self, sessions: dict[int, Session], events: dict[int, list[Event]]) -> None:
+        """Tell those who listen; an error of one of them is raised when all the others know."""
+        errors: list[Exception] = []
+        for slot, said in events.items():
+            try:
+                sessions[slot].announce(said)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     @property
     def busy(self) -> bool:

@@ -110,6 +110,8 @@ class Session:
 
     def prefer(self, phrases: Sequence[str]) -> None:
         """From now on these phrases are preferred, and no others. InputError for a model or a search that cannot."""
+        if self.closed:
+            raise InputError("this session is finished; start another one")
         self._streaming().prefer(phrases)
 
     def hits(self) -> list[Hits]:
@@ -132,7 +134,9 @@ class Session:
         """Let the listener work; account for its time piece by piece."""
         events, began = list[Event](), self.clock()
         for decision in decisions:
-            events += self.tell(decision, self.clock() - began)
+            new = self.tell(decision, self.clock() - began)
+            events += new
+            self.announce(new)
             began = self.clock()
         return events
 
@@ -153,13 +157,15 @@ class Session:
         if decision.withheld:
             events.append(Event("withheld", "", "", (), self.audio_s, withheld=decision.withheld))
         wall_s = self.clock() - self.began
-        events = [replace(event, emitted_s=self.ready_s, wall_s=wall_s) for event in events]
+        return [replace(event, emitted_s=self.ready_s, wall_s=wall_s) for event in events]
+
+    def announce(self, events: Sequence[Event]) -> None:
+        """Tell those who listen for events."""
         for event in events:
             if self.on_event:
                 self.on_event(event)
             for queue in self.listeners:
                 queue.put_nowait(event)
-        return events
 
     def _apart(self, words: tuple[Word, ...]) -> tuple[Word, ...]:
         """The first word of an utterance brings a space, so that the joined text keeps words apart."""

@@ -52,11 +52,13 @@ class Streaming:
             raise InputError(
                 f"{type(policy).__name__} looks at attention, which the search of this model does not give"
             )
+        self.search = search or model.search()
+        if policy is not None and not self.search.prompt:
+            raise InputError(f"{type(self.search).__name__} lags behind the sound: it takes no policy")
         self.model, self.policy = model, policy
         self.settings = settings or StreamSettings()
         self.frame_s = model.frame_s  # which takes a while to work out
         self.limits = Limits.of(self.settings, self.frame_s)
-        self.search = search or model.search()
         self.state = None if policy is None else policy.initial()
         plan = model.listening.plan()
         if plan.block is None:
@@ -68,7 +70,8 @@ class Streaming:
         self.tail = ""
         self.row: Row | None = None
         self.root: int | None = None
-        self.report = Report(())
+        self.report = Report(() if self.search.phrases is None else self.search.phrases.lines)
+        self.until = 0.0  # where the last word ends
 
     def prefer(self, phrases: Sequence[str]) -> None:
         """From now on these phrases are preferred, and no others; the report begins anew.
@@ -79,10 +82,10 @@ class Streaming:
         if book is None:
             raise InputError("this search takes no phrases: make it with phrases, if only an empty list")
         tokens = [s for phrase in spelled(phrases, self.model.tokenizer) for s in phrase.spellings]
-        root, before = book.add(tokens), self.root
+        before, self.root = self.root, book.add(tokens)
         if self.row is not None:
-            self.row = replace(self.row, beam=self.search.bias(self.row.beam, root))
-        self.root, self.report = root, Report(phrases)
+            self.row = replace(self.row, beam=self.search.bias(self.row.beam, self.root))
+        self.report = Report(phrases)
         if before is not None:
             book.remove(before)
 
@@ -138,9 +141,9 @@ class Streaming:
         """The end of the stream: everything is decided."""
         if self.row is None:
             return None
-        best = self.search.hypotheses(self.search.finish(self.row.beam))[0]
+        best = answers(self.search, self.search.finish(self.row.beam))[0]
         spoke, self.row = int(self.row.spoke[0]) > 0, None
-        return self.closing(best[0], spoke)
+        return self.closing(best, spoke)
 
     def closing(self, best: Hypothesis, spoke: bool) -> Decision | None:
         """All of the hypothesis is certain, and the utterance ends; None where there was none."""
@@ -189,10 +192,13 @@ class Streaming:
         words, at, step = [], 0, self.frame_s
         for size in self.model.tokenizer.words(best.tokens[:n], spaceless=self.model.spaceless):
             part = slice(at, at + size)
-            start, end = best.spans[at][0], max(end for _, end in best.spans[part])
+            first, last = best.spans[at][0], max(end for _, end in best.spans[part])
             at += size
+            end = min(last * step, self.heard / self.model.sample_rate)  # the last frame may reach beyond the sound
+            start = min(max(first * step, self.until), end)
+            self.until = max(self.until, end)
             if text := self._text(best.tokens[part]):  # else it is a mark of a word that did not come
-                words.append(Word(text, start * step, end * step, exp(sum(best.log_probs[part]))))
+                words.append(Word(text, start, end, exp(sum(best.log_probs[part]))))
         self.report.add(words)
         return tuple(words)
 
@@ -248,18 +254,21 @@ def search_on(listeners: Sequence[Streaming], frames: Frames, row: Row, decision
         at = list(stop)
         if any(over):
             beam = restarted(listeners, frames, beam, over, counts, decisions)
-    best, agreed, read = (
-        search.hypotheses(beam),
-        beam.agreed(listeners[0].settings.certainty).tolist(),
-        beam.frames.tolist(),
-    )
+    best, read, room = answers(search, beam), beam.frames.tolist(), search.room(beam).tolist()
+    agreed = beam.agreed(listeners[0].settings.certainty).tolist()
     n = []
     for i, one in enumerate(listeners):
-        n.append(one.safe(best[i][0], agreed[i], read[i], counts[i][0]))
-        decision = one.decide(best[i][0], n[i])
+        n.append(one.safe(best[i], agreed[i], read[i], counts[i][0]))
+        decision = one.decide(best[i], n[i])
         decisions[i] += [] if decision is None else [decision]
+        counts[i][1] = max(counts[i][1], one.limits.weary(room[i]))
     quiet, since, spoke = torch.tensor(counts, device=frames.mask.device).unbind(1)
     return Row(row.stream, search.commit(beam, torch.tensor(n, device=quiet.device)), quiet, since, spoke)
+
+
+def answers(search: Search, beam: Beam) -> list[Hypothesis]:
+    """The best hypothesis of each row; one that says nothing where there is none."""
+    return [best[0] if best else Hypothesis((), 0.0, (), ()) for best in search.hypotheses(beam)]
 
 
 def between(frames: Frames, first: Sequence[int], last: Sequence[int]) -> Frames:
@@ -276,8 +285,8 @@ def restarted(
 ) -> Beam:  # fmt: skip
     """Rows whose utterance is over say all of it, and their search begins anew."""
     search, rows = listeners[0].search, [i for i, end in enumerate(over) if end]
-    for i, best in zip(rows, search.hypotheses(search.finish(tree.select(beam, rows))), strict=True):
-        decision = listeners[i].closing(best[0], counts[i][2] > 0)
+    for i, best in zip(rows, answers(search, search.finish(tree.select(beam, rows))), strict=True):
+        decision = listeners[i].closing(best, counts[i][2] > 0)
         decisions[i] += [] if decision is None else [decision]
         counts[i][1:] = 0, 0
     fresh: Beam = tree.where(

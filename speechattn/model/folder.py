@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from speechattn.audio.resample import HIGHEST_RATE, LOWEST_RATE
+from speechattn.decoder.attention import AttentionDecoder
+from speechattn.decoder.ctc import CTC
+from speechattn.decoder.transducer import Transducer
 from speechattn.errors import ModelError
+from speechattn.frames import Frames
 from speechattn.model.config import build, read_yaml
 from speechattn.model.recognizer import Recognizer
 from speechattn.pretrained.weights import check
@@ -21,6 +27,7 @@ WEIGHTS = "model.safetensors"
 FORMAT = 1
 KEYS = {"format", "sample_rate", "language", "spaceless", "front_end", "encoder", "heads"}
 NEEDED = ("front_end", "encoder", "heads")
+USUAL = {"sample_rate": 16000, "language": None, "spaceless": False}
 
 
 def is_model(path: Path) -> bool:
@@ -40,12 +47,45 @@ def from_config(config: dict[str, Any], tokenizer: Pieces, *, where: str = CONFI
     for key in ("front_end", "encoder"):
         if not isinstance(parts[key], Stream):
             raise ModelError(f"{where}: {key}: {type(parts[key]).__name__} is not a stream")
-    if not isinstance(parts["heads"], dict):
+    heads = parts["heads"]
+    if not isinstance(heads, dict) or not all(isinstance(head, nn.Module) for head in heads.values()):
         raise ModelError(f"{where}: heads: not a mapping of names to heads")
-    return Recognizer(
-        parts["front_end"], parts["encoder"], parts["heads"], tokenizer, sample_rate=config.get("sample_rate", 16000),
-        language=config.get("language"), spaceless=bool(config.get("spaceless", False)), config=config,
+    rate, language, spaceless = (config.get(key, usual) for key, usual in USUAL.items())
+    if type(rate) is not int or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise ModelError(f"{where}: sample_rate {rate}: wanted {LOWEST_RATE} to {HIGHEST_RATE} Hz")
+    if not isinstance(language, str | None) or not isinstance(spaceless, bool):
+        raise ModelError(f"{where}: language {language}, spaceless {spaceless}: wanted a code, and true or false")
+    model = Recognizer(
+        parts["front_end"], parts["encoder"], {str(name): head for name, head in heads.items()}, tokenizer,
+        sample_rate=rate, language=language, spaceless=spaceless, config=config,
     )  # fmt: skip
+    try_out(model, where)
+    return model
+
+
+def says(head: nn.Module) -> int | None:
+    """How many tokens a head knows."""
+    if isinstance(head, CTC):
+        return head.head.out_features
+    if isinstance(head, Transducer):
+        return head.joint.out.out_features
+    return head.vocab if isinstance(head, AttentionDecoder) else None
+
+
+@torch.no_grad()
+def try_out(model: Recognizer, where: str) -> None:
+    """ModelError where the parts do not fit together, or the vocabulary does not fit the heads."""
+    for name, head in model.heads.items():
+        if says(head) not in (None, model.tokenizer.size):
+            raise ModelError(f"{where}: heads.{name} says {says(head)} tokens; there are {model.tokenizer.size}")
+    try:
+        block = model.listening.plan().block or model.sample_rate
+        sound = torch.zeros(1, block)
+        model.eval().listening(Frames(sound, torch.ones_like(sound, dtype=torch.bool)))
+        model.train()
+    except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{where}: front_end and encoder do not fit together: {said}") from error
 
 
 def load_folder(path: Path) -> Recognizer:

@@ -33,6 +33,8 @@ def load_model(
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    if place.type == "meta":
+        raise ModelError("device meta holds no weights: wanted cpu, cuda or mps")
     path = Path(name).expanduser()
     from speechattn.pretrained.espnet import is_espnet, load_espnet  # which needs this package
 

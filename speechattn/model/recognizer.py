@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from speechattn.text.pieces import Pieces, spelled
 __all__ = ["Recognizer"]
 
 HEADS = {head for kind in SEARCHES.values() for head in kind.needs}
+WIDEST = 1000  # hypotheses
 SPIKE = 0.1  # a label less probable than this is none (arXiv 2107.07509, section 3)
 
 
@@ -104,14 +106,17 @@ class Recognizer(nn.Module):
         kind = known[0] if kind is None and known else str(kind)
         if kind not in known:
             raise InputError(f"search {kind}: this model's heads allow {', '.join(known) or 'none'}")
-        if beam_size < 1:
-            raise InputError(f"beam size {beam_size}: at least 1")
+        if not isinstance(beam_size, int) or not 1 <= beam_size <= WIDEST:
+            raise InputError(f"beam size {beam_size}: a whole number from 1 to {WIDEST}")
+        if not isfinite(bonus):
+            raise InputError(f"bonus {bonus}: wanted a finite number")
         book = None
         if phrases is not None:
             book = Phrases.from_text(phrases, self.tokenizer, bonus=bonus, vocab=self.tokenizer.size)
             if self.spaceless:  # no mark will say that a word has ended
                 tokens = [s for phrase in spelled(phrases, self.tokenizer) for s in phrase.spellings]
                 book = Phrases(tokens, bonus=bonus, vocab=self.tokenizer.size)
+                book.lines = tuple(phrases)
         return SEARCHES[kind].make(self.heads, self.tokenizer, beam_size, book)
 
     def blank(self, frames: Frames) -> Tensor:

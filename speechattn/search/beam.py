@@ -168,6 +168,10 @@ class Search:
         """No frame will follow."""
         return beam
 
+    def room(self, beam: Beam) -> Tensor:
+        """The share [B] of what can be said before the search must begin anew that is left: all, where it need not."""
+        return torch.ones(len(beam.frames), device=beam.frames.device)
+
     def commit(self, beam: Beam, n: Tensor) -> Beam:
         """The first `n` [B] tokens of the best hypothesis are final: forget them, and whoever says otherwise.
 

@@ -32,6 +32,9 @@ class Headed(Search):
     def finish(self, beam: Beam) -> Beam:
         return self.inner.finish(beam)
 
+    def room(self, beam: Beam) -> Tensor:
+        return self.inner.room(beam)
+
     def commit(self, beam: Beam, n: Tensor) -> Beam:
         return self.inner.commit(beam, n)
 

@@ -158,7 +158,9 @@ class JointBeam(Search):
     @torch.inference_mode()
     def step(self, x: Frames, beam: Beam) -> Beam:
         x = x.front()
-        pending = beam.state.pending.append(x.values, x.mask)
+        old = beam.state.pending
+        waiting = Frames.cat([Frames(old.values, old.mask), x]).front()  # no room for what others had waited for
+        pending = Buffer(waiting.values, waiting.mask)
         beam = replace(beam, frames=beam.frames + x.lengths, state=replace(beam.state, pending=pending))
         while self.block is not None:
             ready = beam.state.pending.length >= self.block
@@ -249,6 +251,10 @@ class JointBeam(Search):
         done = endings.settled | ~(after.score > NONE).any(1)
         result = replace(after, said=endings.said, score=endings.score) if bool(done.any()) else after
         return (after, endings), done, result
+
+    def room(self, beam: Beam) -> Tensor:
+        left: Tensor = 1 - beam.state.said / self.longest
+        return left
 
     def _limit(self, state: JointState) -> Tensor:
         """The most tokens that may be said of what was heard [B]."""

@@ -111,6 +111,7 @@ class Phrases:
         if wrong := sorted(token for token in self.begins or () if not 0 <= token < vocab):
             raise ValueError(f"tokens {wrong} begin a word: tokens are 0 to {vocab - 1}")
         self.bonus, self.vocab, self.version = bonus, vocab, 0  # of the sets: it grows with every change
+        self.lines: tuple[str, ...] = ()  # the first set as it was written, if it was
         self._sets: dict[int, Trie] = {}
         self._arrays: dict[tuple[torch.device, torch.dtype], Arrays] = {}
         self.root = self.add(phrases)
@@ -122,7 +123,9 @@ class Phrases:
         InputError for what cannot be spelled, and for pieces that end with a space.
         """
         tokens = [s for phrase in spelled(lines, tokenizer) for s in phrase.spellings]
-        return cls(tokens, bonus=bonus, vocab=vocab, begins=beginnings(tokenizer))
+        made = cls(tokens, bonus=bonus, vocab=vocab, begins=beginnings(tokenizer))
+        made.lines = tuple(lines)
+        return made
 
     def add(self, phrases: Sequence[Sequence[int]]) -> int:
         """Another set of phrases; its root. ValueError for a phrase without tokens or with unknown ones."""

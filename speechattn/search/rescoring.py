@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from speechattn.decoder.attention import AttentionDecoder
 from speechattn.frames import Frames, Memory
 from speechattn.search.beam import Beam, Search
 from speechattn.stream import Buffer
@@ -44,6 +45,8 @@ class Rescored(Search):
         self.first, self.decoder, self.size = search, decoder, search.size
         self.phrases, self.prompt = search.phrases, search.prompt
         self.sos, self.eos, self.weight = sos, eos, weight
+        parts = decoder.modules() if isinstance(decoder, nn.Module) else ()
+        self.longest = min((part.context - 1 for part in parts if isinstance(part, AttentionDecoder)), default=1 << 30)
 
     def start(self, x: Frames) -> Beam:
         return self._begun(self.first.start(x), x)
@@ -82,6 +85,10 @@ class Rescored(Search):
         score = self.weight * beam.score + found.view(rows, beams)
         score, best = score.masked_fill(beam.score == -torch.inf, -torch.inf).sort(dim=1, descending=True)
         return replace(self.select(beam, best), score=score)
+
+    def room(self, beam: Beam) -> Tensor:
+        said = beam.state.committed.length + beam.said.length.amax(1)
+        return torch.minimum(1 - said / self.longest, self.first.room(self._inner(beam)))
 
     def commit(self, beam: Beam, n: Tensor) -> Beam:
         new = self._with(beam, self.first.commit(self._inner(beam), n))

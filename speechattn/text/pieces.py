@@ -169,6 +169,8 @@ def spelled(lines: Sequence[str], tokenizer: Encodes) -> list[Phrase]:
     written, in lower case; else in upper case. InputError naming the phrases that cannot be spelled at all.
     """
 
+    if isinstance(lines, str):
+        raise InputError(f"phrases are a list of texts, not one text ({lines[:40]!r})")
     by_letter = tokenizer.letters if isinstance(tokenizer, Pieces) else tokenizer.encode
 
     def encoded(text: str, encode: Callable[[str], list[int]] = tokenizer.encode) -> tuple[int, ...]:
