@@ -87,6 +87,27 @@ def test_the_search_begins_anew_in_long_gaps_only(block_phase: int) -> None:
     assert said(events) == "ab ab ab ab ab c"
 
 
+def test_times_are_those_of_the_stream_after_many_ends() -> None:
+    text = "5" + " ab9" * 4
+    words = [word for event in run(session(), sound(text), []) for word in event.words]
+    assert [word.text for word in words] == [" ab"] * 4
+    one_s = len(sound(" ab9")) / RATE
+    for i, word in enumerate(words):
+        assert word.start == pytest.approx(0.5 + i * one_s, abs=0.03)
+        assert word.end == pytest.approx(0.5 + i * one_s + 0.18, abs=0.03)
+
+
+def test_what_hypotheses_do_not_agree_on_waits() -> None:
+    text = " aB cd ef gh ij kl"
+    sure = session(settings=StreamSettings(patience_s=60.0)).feed(sound(text), RATE)
+    assert said(sure) == ""  # ab with 60 %, ac with 39 %
+    assert sure[-1].unstable.startswith(" ab cd")
+    bold = session(settings=StreamSettings(patience_s=60.0, certainty=0.5)).feed(sound(text), RATE)
+    assert said(bold).startswith("ab cd")
+    late = session(settings=StreamSettings(patience_s=0.5)).feed(sound(text), RATE)
+    assert said(late).startswith("ab cd")
+
+
 def test_the_guard_keeps_a_search_for_a_while() -> None:
     made = session(settings=StreamSettings(silence_s=0.6, guard_s=3.0))
     events = made.feed(sound(" ab7 ab7 ab9 ab7 ab9"), RATE)
