@@ -14,7 +14,9 @@ import soundfile
 import torch
 
 from speechattn import tree
+from speechattn.attention import Span, set_span
 from speechattn.audio.read import open_recording
+from speechattn.audio.vad import AlwaysSpeech
 from speechattn.cli import main
 from speechattn.errors import InputError
 from speechattn.live import Event, Pool, Session, Settings, StreamSettings
@@ -300,6 +302,23 @@ def test_the_align_command_writes_what_players_read(tmp_path: Path, capsys: pyte
     )
     assert main([*command[:3], "--model", "tiny.en"]) == 2
     assert main(["align", str(tmp_path / "talk.wav"), str(tmp_path / "none.txt"), "--model", str(FOLDER)]) == 2
+
+
+def test_an_encoder_of_whole_utterances_listens_in_windows() -> None:
+    whole = load_model(FOLDER)
+    assert isinstance(whole, Recognizer)
+    set_span(whole.encoder, Span.full())
+    line = LINES[9]  # six one eight; the model was trained for chunks, and hears little more
+    session = Session(whole, vad=AlwaysSpeech())
+    events = session.feed(samples(line), RATE) + session.finish()
+    assert text(events) == line["text"]
+    assert [word.text.strip() for event in events for word in event.words] == line["text"].split()
+    assert whole.transcribe(FOLDER / line["file"], vad=AlwaysSpeech()).text == line["text"]
+    with pytest.raises(InputError, match="takes Settings"):
+        Session(whole, settings=StreamSettings())
+    del whole.heads["attention"]
+    with pytest.raises(InputError, match="whole utterance"):
+        Session(whole)
 
 
 def test_half_a_float_is_enough(model: Recognizer) -> None:

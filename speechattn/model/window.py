@@ -16,6 +16,7 @@ from speechattn.policy.align_att import AlignAtt
 from speechattn.search import Draft
 from speechattn.search.greedy import Greedy
 from speechattn.stream import Stream
+from speechattn.text.pieces import Pieces
 
 __all__ = ["Window", "WindowRecognizer"]
 
@@ -66,6 +67,26 @@ class Window:
         )  # fmt: skip
 
 
+class Spaced:
+    """`Pieces` whose text begins with a space where a word does, so that texts of words can be joined."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces = pieces
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids."""
+        return self.pieces.encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of the tokens."""
+        text = self.pieces.decode(tokens)
+        return f" {text}" if text and self.pieces.space and self.pieces.begins[tokens[0]] else text
+
+    def words(self, tokens: Sequence[int], *, spaceless: bool = False) -> list[int]:
+        """How many tokens each word has."""
+        return self.pieces.words(tokens, spaceless=spaceless)
+
+
 class WindowRecognizer(Window):
     """A recogniser whose encoder needs the whole utterance, listening in windows with its attention decoder.
 
@@ -76,10 +97,10 @@ class WindowRecognizer(Window):
     max_s = LONGEST_S
 
     def __init__(
-        self, front_end: Stream, encoder: Stream, decoder: AttentionDecoder, tokenizer: Tokens, *, end: int,
+        self, front_end: Stream, encoder: Stream, decoder: AttentionDecoder, tokenizer: Pieces, *, end: int,
         sample_rate: int, spaceless: bool = False, never: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        super().__init__(decoder, tokenizer, Greedy(decoder, end, suppress=never))
+        super().__init__(decoder, Spaced(tokenizer), Greedy(decoder, end, suppress=never))
         self.front_end, self.encoder, self.end = front_end, encoder, end
         self.sample_rate, self.spaceless = sample_rate, spaceless
         self.ratio = front_end.plan().ratio
