@@ -278,7 +278,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     for text, message in (
         ("encoder: [", "not YAML"),
-        ("hello", "not the config.yaml of an ESPnet2 experiment"),
+        ("hello", "not a mapping"),
+        ("encoder_conf: hello", "not the config.yaml of an ESPnet2 experiment"),
         ("encoder: rnn", "encoder: rnn cannot be read; wanted one of conformer, e_branchformer"),
     ):
         config.write_text(text)

@@ -321,6 +321,16 @@ def test_an_encoder_of_whole_utterances_listens_in_windows() -> None:
         Session(whole)
 
 
+def test_a_transducer_alone_hears_where_nobody_speaks() -> None:
+    alone = load_model(FOLDER)
+    assert isinstance(alone, Recognizer)
+    del alone.heads["ctc"], alone.heads["attention"]
+    session = Session(alone)
+    events = session.feed(joined(USUAL[:4], 0.8), RATE)
+    assert sum(event.final for event in events) == 4
+    assert text(events) == " ".join(line["text"] for line in USUAL[:4])
+
+
 def test_half_a_float_is_enough(model: Recognizer) -> None:
     half = load_model(FOLDER, dtype="bfloat16")
     assert isinstance(half, Recognizer)

@@ -86,6 +86,15 @@ class Transducer(nn.Module):
             raise ValueError(f"blank is {predictor.blank} to the label encoder and {joint.blank} to the joint network")
         self.predictor, self.joint, self.blank = predictor, joint, joint.blank
 
+    def begins(self, x: Frames) -> Tensor:
+        """What each frame says behind the start symbol alone: log-probabilities [B, T, V] of x [B, T, D].
+
+        Where blank is best in many frames on end, nobody speaks.
+        """
+        start = torch.full((1,), self.blank, dtype=torch.long, device=x.mask.device)
+        label, _ = self.predictor.step(start, self.predictor.init_state(1))
+        return self.joint.log_probs(self.joint.frames(x.values), self.joint.labels(label)[:, None])
+
     def forward(self, x: Frames, labels: Tensor) -> Tensor:
         """`labels` [B, U] -> scores [B, T, U + 1, V]; what stands behind a row's labels changes only what is behind."""
         scores: Tensor = self.joint(x.values, self.predictor(labels))

@@ -74,7 +74,7 @@ class StreamModel(Model, Protocol):
         """The model's own choice, over encoder frames."""
 
     def blank(self, frames: Frames) -> Tensor:
-        """Where nothing is said [B, T] bool, as the model's CTC head hears it."""
+        """Where nothing is said [B, T] bool, as the model hears it."""
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from speechattn.audio.resample import Samples
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
+from speechattn.decoder.transducer import Transducer
 from speechattn.errors import InputError, ModelError
 from speechattn.frames import Frames
 from speechattn.live.transcript import Transcript, transcribe
@@ -120,11 +121,11 @@ class Recognizer(nn.Module):
         return SEARCHES[kind].make(self.heads, self.tokenizer, beam_size, book)
 
     def blank(self, frames: Frames) -> Tensor:
-        """Where nothing is said [B, T] bool, as the CTC head hears it; without one, nowhere."""
-        if "ctc" not in self.heads:
-            return torch.zeros_like(frames.mask)
-        best, label = self.ctc(frames).values.max(-1)
-        nothing: Tensor = (label == self.ctc.blank) | (best.exp() < SPIKE)
+        """Where nothing is said [B, T] bool, as the CTC head hears it, or else the transducer."""
+        head = self.heads["ctc" if "ctc" in self.heads else "transducer"]
+        scores = head.begins(frames) if isinstance(head, Transducer) else self.ctc(frames).values
+        best, label = scores.max(-1)
+        nothing: Tensor = (label == head.blank) | (best.exp() < SPIKE)
         return nothing
 
     def windowed(self) -> WindowRecognizer | None:
