@@ -26,6 +26,7 @@ bench-encoder: .venv/dev
 
 bench-search: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off 'flashlight-text>=0.0.7'
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off --no-deps pyctcdecode==0.5.0 pygtrie
 	$(BIN)/python benchmarks/search.py $(ARGS)
 
 # --without-pip and pip's --python: works where Debian's python3-venv is not installed.
