@@ -59,7 +59,7 @@ def text(events: list[Event]) -> str:
     return "".join(event.committed for event in events).strip()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "triggered"])
 def test_words_come_live_with_times_and_confidence(model: Recognizer, kind: str) -> None:
     said, off = [], []
     for line in USUAL:

@@ -18,6 +18,7 @@ from speechattn.search.joint import JointBeam
 from speechattn.search.phrases import Phrases, PhraseScorer
 from speechattn.search.rescoring import Rescored
 from speechattn.search.transducer import TransducerBeam, TransducerGreedy
+from speechattn.search.triggered import TriggeredBeam
 from speechattn.text.pieces import Pieces
 
 __all__ = ["SEARCHES", "Kind", "possible"]
@@ -90,6 +91,19 @@ class InTwoPasses:
         return Rescored(Headed(heads["ctc"], first), heads["attention"], sos=end, eos=end, weight=1.0)
 
 
+class ByTriggers:
+    """Frame by frame: CTC says when, and attention hears little further (arXiv 2001.02674)."""
+
+    needs: tuple[str, ...] = ("ctc", "attention")
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """With CTC's usual weight."""
+        if phrases is not None:
+            raise InputError("search triggered takes no phrases")
+        end = ending(tokenizer)
+        return TriggeredBeam(heads["ctc"], heads["attention"], size, sos=end, eos=end, weight=CTC_WEIGHT)
+
+
 class AtOnce:
     """All tokens in parallel where CTC hears them (CASS-NAT); whole utterances."""
 
@@ -112,7 +126,7 @@ def ending(tokenizer: Pieces) -> int:
 
 SEARCHES: Mapping[str, Kind] = {
     "transducer": ByTransducer(), "joint": Jointly(), "ctc": ByCTC(), "rescored": InTwoPasses(),
-    "cass_nat": AtOnce(),
+    "triggered": ByTriggers(), "cass_nat": AtOnce(),
 }  # fmt: skip
 
 

@@ -93,6 +93,8 @@ class TriggeredBeam(CTCPrefixBeam):
     prefix beam. The decoder is asked only about hypotheses that may grow into the beam by what CTC says of them.
     """
 
+    prompt = False  # it waits for its look-ahead
+
     def __init__(
         self, ctc: CTC, decoder: AttentionDecoder, size: int = 10, *, sos: int, eos: int, ahead: int = 6,
         weight: float = 0.3, candidates: int | None = 40,
@@ -232,7 +234,7 @@ class TriggeredBeam(CTCPrefixBeam):
             said = ahead[rows, parent].gather(2, s.last.clamp(min=0)[..., None])[..., 0]
             bonus = torch.where(moved, s.bonus.gather(1, parent) + self.other * said, bonus)
             listeners = listeners.chosen(moved, replace(after.select(parent), last=listeners.last))
-        return replace(s, bonus=bonus, lm=Predictions(ahead, (listeners, after)))
+        return replace(s, bonus=bonus, lm=Predictions(ahead, (listeners, after, s.bonus)))
 
     def _listen(self, listeners: Listeners, cross: tuple[Any, ...]) -> tuple[Tensor, Listeners]:
         """Log-probabilities of the next token [B, K, V], and the hypotheses that have read their last one."""
@@ -245,9 +247,13 @@ class TriggeredBeam(CTCPrefixBeam):
         )
         hidden, _, behind = self.decoder.step(listeners.last.view(-1, 1), DecoderState(past, cross))
         scores = self.decoder.logits(hidden[:, 0])
-        scores = scores.log_softmax(-1, torch.promote_types(scores.dtype, torch.float32)).view(rows, beam, -1)
-        values = tuple(c.past.values.view(rows, beam, *c.past.values.shape[1:]) for c in behind.cache)
-        return scores, Listeners(values, behind.cache[0].past.mask.view(rows, beam, -1), listeners.last)
+        scores = scores.log_softmax(-1, torch.promote_types(scores.dtype, torch.float32))
+
+        def apart(x: Tensor) -> Tensor:
+            return x.view(rows, beam, *x.shape[1:])
+
+        values = tuple(apart(c.past.values) for c in behind.cache)
+        return apart(scores), Listeners(values, apart(behind.cache[0].past.mask), listeners.last)
 
     def _gains(self, s: PrefixState, tokens: Tensor) -> tuple[Tensor, Tensor]:
         every = tokens[:, None].expand(-1, s.last.shape[1], -1)
@@ -257,7 +263,9 @@ class TriggeredBeam(CTCPrefixBeam):
         assert isinstance(s.lm, Predictions)
         if not s.lm.ahead.shape[2]:  # nobody was asked, because nothing new can come into the beam
             return nodes, gain + NONE
-        return nodes, self.other * s.lm.ahead.gather(2, every)
+        # behind a last label that has moved here nothing is said yet: what grows now goes on from where it was before
+        before = torch.where(s.bonus > NONE, s.lm.states[2] - s.bonus, 0)
+        return nodes, self.other * s.lm.ahead.gather(2, every) + before[..., None]
 
     def _followed(
         self, lm: Predictions | tuple[()], origin: Tensor, tokens: Tensor | None = None, new: Tensor | None = None
