@@ -98,7 +98,9 @@ class Pool:
                 events.setdefault(slot, []).extend(session.tell(decision, 0.0 if i else took))
         for slot, session in list(self.sessions.items()):
             if session.closed and not self._listener(session).ready:
-                events.setdefault(slot, []).extend(session.tell(self._listener(session).last(), 0.0))
+                began = self.clock()
+                decision = self._listener(session).last()
+                events.setdefault(slot, []).extend(session.tell(decision, self.clock() - began))
                 del self.sessions[slot]
         try:
             self._announce(sessions, events)

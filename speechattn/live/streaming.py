@@ -42,7 +42,7 @@ class Row:
 
 
 class Streaming:
-    """A `Listener`: what all hypotheses agree on, or a policy accepts, is committed in whole words."""
+    """A `Listener`: what enough of the beam agrees on, or a policy accepts, is committed in whole words."""
 
     def __init__(
         self, model: StreamModel, *, policy: Policy | None = None, settings: StreamSettings | None = None,

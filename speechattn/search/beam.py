@@ -88,14 +88,6 @@ class Prefixes:
             said.length + grows,
         )  # fmt: skip
 
-    def prolong(self, ends: Tensor, grows: Tensor) -> Prefixes:
-        """The last token lasts until `ends` [B, K] where `grows` [B, K]; nothing where there is none."""
-        if not self.tokens.shape[2]:
-            return self
-        at = (self.length - 1).clamp(min=0)[..., None]
-        now = torch.where(grows & (self.length > 0), ends, self.ends.gather(2, at)[..., 0])
-        return replace(self, ends=self.ends.scatter(2, at, now[..., None]))
-
     def drop(self, n: Tensor) -> Prefixes:
         """Forget the first `n` [B] tokens of every hypothesis."""
         length = (self.length - n[:, None]).clamp(min=0)
