@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from statistics import median
 
-__all__ = ["Report"]
+__all__ = ["Report", "interleaved"]
 
 
 class Report:
@@ -30,3 +32,15 @@ class Report:
             figure = f"{row['value']:>9.4g} {row['unit']:<6} {row['goal']:<22}"
             print(f"{row['name']:<{width}}  {figure} {mark:<7} {row['note']}")
         print(json.dumps(self.rows))
+
+
+def interleaved(runs: dict[str, Callable[[], object]], times: int) -> dict[str, float]:
+    """Milliseconds of each, the median of several turns after one to warm up; processor time of this process."""
+    took: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(times + 1):
+        for name, run in runs.items():
+            began = time.process_time()
+            run()
+            if turn:
+                took[name].append(1e3 * (time.process_time() - began))
+    return {name: median(values) for name, values in took.items()}

@@ -16,16 +16,14 @@ import importlib.util
 import itertools
 import logging
 import random
-import time
 from collections.abc import Callable
-from statistics import median
 
 import joint_search
 import long_recordings
 import torch
 import transducer_search
 from encoder import CHUNK, Live, conformer
-from report import Report
+from report import Report, interleaved
 from torch import Tensor
 
 from speechattn.frames import Frames
@@ -54,18 +52,6 @@ def spiky(frames: int) -> Tensor:
 def flat(frames: int) -> Tensor:
     """Log-probabilities [T, V] of nothing."""
     return torch.randn(frames, VOCAB, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
-
-
-def interleaved(runs: dict[str, Run], times: int) -> dict[str, float]:
-    """Milliseconds of each, the median of several turns after one to warm up; processor time of this process."""
-    took: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(times + 1):
-        for name, run in runs.items():
-            began = time.process_time()
-            run()
-            if turn:
-                took[name].append(1e3 * (time.process_time() - began))
-    return {name: median(values) for name, values in took.items()}
 
 
 def flashlight(x: Tensor) -> Callable[[], tuple[list[int], float]] | None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
-from report import Report
+from report import Report, interleaved
 from torch import Tensor, nn
 from torchaudio.models import RNNTBeamSearch
 
@@ -67,18 +65,6 @@ def spiky(frames: int) -> tuple[Transducer, Tensor]:
     return model, x
 
 
-def interleaved(runs: dict[str, Callable[[], object]], times: int) -> dict[str, float]:
-    """CPU seconds of each (on one thread), the median of several turns after one to warm up."""
-    took: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(times + 1):
-        for name, run in runs.items():
-            began = time.process_time()
-            run()
-            if turn:
-                took[name].append(time.process_time() - began)
-    return {name: median(seconds) for name, seconds in took.items()}
-
-
 def kept(run: Callable[[], Tensor]) -> int:
     """Bytes that a loss keeps for its backward pass."""
     stores: dict[int, int] = {}
@@ -110,7 +96,7 @@ def searches(report: Report, frames: int) -> None:
             took = interleaved(runs, 3)
             best = [h[0].tokens for h in ours.decode(heard)]
             other = [tuple(token + 1 for token in peer(row[None], one, size)[0][0][1:]) for row in xs]
-        theirs_ms, ours_ms = (1e3 * took[name] / frames / batch for name in ("theirs", "ours"))
+        theirs_ms, ours_ms = (took[name] / frames / batch for name in ("theirs", "ours"))
         equal = sum(a == b for a, b in zip(best, other, strict=True))
         note = f"{batch} utterances, V {VOCAB}, d {DIM}, {frames} frames, same networks; CPU time of a frame: theirs "
         note += f"{theirs_ms:.2f} ms, ours {ours_ms:.2f} ms; {len(best[0])} labels, {equal} of {batch} equal"
@@ -119,7 +105,7 @@ def searches(report: Report, frames: int) -> None:
     greedy = TransducerGreedy(model, max_symbols=5)
     with torch.inference_mode():
         took = interleaved({"greedy": lambda: greedy.decode(heard)}, 3)
-    report.row("transducer greedy x 8", 1e3 * took["greedy"] / frames / 8, "ms", "CPU time of a frame of one utterance")
+    report.row("transducer greedy x 8", took["greedy"] / frames / 8, "ms", "CPU time of a frame of one utterance")
 
 
 def losses(report: Report, quick: bool) -> None:
@@ -137,7 +123,7 @@ def losses(report: Report, quick: bool) -> None:
     bytes_kept = {name: kept(run) for name, run in runs.items()}
     took = interleaved({name: lambda run=run: run().sum().backward() for name, run in runs.items()}, 3)  # type: ignore[misc]
     note = f"B {rows}, T {frames}, U {said}, V {VOCAB}, bands of {width}: "
-    note += ", ".join(f"{name} {bytes_kept[name] / 2**20:.0f} MiB and {took[name]:.2f} s" for name in runs)
+    note += ", ".join(f"{name} {bytes_kept[name] / 2**20:.0f} MiB and {took[name] / 1e3:.2f} s" for name in runs)
     ratio = bytes_kept["full"] / bytes_kept["pruned"]
     report.row("transducer pruned loss, memory", ratio, "x", note, "less than the full loss", lambda value: value > 1)
 
