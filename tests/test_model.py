@@ -20,35 +20,35 @@ from speechattn.model import Recognizer, from_config, load_model, save_model
 from speechattn.text.pieces import Pieces
 
 PIECES = Pieces(["<blank>", "▁", *"abcdefgh", "<sos/eos>"])
-SPAN = {"class": "speechattn.attention.Span", "args": {"left": 8, "chunk": 4}}
+SPAN = {"class_path": "speechattn.attention.Span", "init_args": {"left": 8, "chunk": 4}}
 CONFIG: dict[str, Any] = {
     "format": 1, "sample_rate": 8000, "language": "en",
     "front_end": {
-        "class": "speechattn.stream.Serial",
-        "args": {
+        "class_path": "speechattn.stream.Serial",
+        "init_args": {
             "spectrum": {
-                "class": "speechattn.audio.spectrum.LogMel",
-                "args": {"mels": 12, "rate": 8000, "window": 200, "hop": 80},
+                "class_path": "speechattn.audio.spectrum.LogMel",
+                "init_args": {"mels": 12, "rate": 8000, "window": 200, "hop": 80},
             },
-            "normal": {"class": "speechattn.audio.normal.GlobalCMVN.unknown", "args": {"dim": 12}},
+            "normal": {"class_path": "speechattn.audio.normal.GlobalCMVN.unknown", "init_args": {"dim": 12}},
         },
     },
     "encoder": {
-        "class": "speechattn.encoder.Conformer",
-        "args": {
+        "class_path": "speechattn.encoder.Conformer",
+        "init_args": {
             "mels": 12, "dim": 16, "depth": 2, "heads": 2, "inner": 24, "kernel": 5, "span": SPAN,
             "position": "speechattn.attention.position.Relative",
         },
     },
     "heads": {
-        "ctc": {"class": "speechattn.decoder.ctc.CTC", "args": {"dim": 16, "vocab": 11}},
+        "ctc": {"class_path": "speechattn.decoder.ctc.CTC", "init_args": {"dim": 16, "vocab": 11}},
         "transducer": {
-            "class": "speechattn.decoder.transducer.Transducer",
-            "args": {
-                "predictor": {"class": "speechattn.decoder.predictor.LSTMPredictor", "args": {"vocab": 11, "dim": 8}},
+            "class_path": "speechattn.decoder.transducer.Transducer",
+            "init_args": {
+                "predictor": {"class_path": "speechattn.decoder.predictor.LSTMPredictor", "init_args": {"vocab": 11, "dim": 8}},
                 "joint": {
-                    "class": "speechattn.decoder.transducer.Joint",
-                    "args": {"frames": 16, "labels": 8, "inner": 12, "vocab": 11},
+                    "class_path": "speechattn.decoder.transducer.Joint",
+                    "init_args": {"frames": 16, "labels": 8, "inner": 12, "vocab": 11},
                 },
             },
         },
@@ -102,30 +102,30 @@ def test_a_folder_holds_the_model(folder: Path) -> None:
         (changed(extra=1), "unknown: extra"),
         (changed(format=2), "format 2"),
         ({key: value for key, value in CONFIG.items() if key != "encoder"}, "encoder missing"),
-        (changed(encoder={"class": "os.system", "args": {"command": "true"}}), r"os\.system is no module"),
-        (changed(encoder={"class": "speechattn.cli.main", "args": {}}), "is no module"),
-        (changed(encoder={"class": "speechattn.model.config.import_module", "args": {"name": "os"}}), "is no module"),
-        (changed(encoder={"class": "torch.nn.Linear", "args": {"in_features": 2, "out_features": 2}}), "not a stream"),
+        (changed(encoder={"class_path": "os.system", "init_args": {"command": "true"}}), r"os\.system is no module"),
+        (changed(encoder={"class_path": "speechattn.cli.main", "init_args": {}}), "is no module"),
+        (changed(encoder={"class_path": "speechattn.model.config.import_module", "init_args": {"name": "os"}}), "is no module"),
+        (changed(encoder={"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}), "not a stream"),
         (
-            changed(encoder={"class": "speechattn.encoder.Conformer", "args": {"mels": 12, "span": SPAN, "sapn": 1}}),
+            changed(encoder={"class_path": "speechattn.encoder.Conformer", "init_args": {"mels": 12, "span": SPAN, "sapn": 1}}),
             "sapn",
         ),
-        (changed(encoder={"class": "speechattn.encoder.Conformer", "arg": {}}), "arg: a part has a class"),
+        (changed(encoder={"class_path": "speechattn.encoder.Conformer", "init_arg": {}}), "init_arg: a part has a class_path"),
         (changed(heads={"crc": CONFIG["heads"]["ctc"]}), "crc"),
         (changed(heads={"ctc": "hello"}), "heads"),
         (changed(heads={1: CONFIG["heads"]["ctc"]}), "1"),
         (
-            changed(heads={"ctc": {"class": "speechattn.decoder.ctc.CTC", "args": {"dim": 16, "vocab": 12}}}),
+            changed(heads={"ctc": {"class_path": "speechattn.decoder.ctc.CTC", "init_args": {"dim": 16, "vocab": 12}}}),
             "12 tokens",
         ),
-        (changed(encoder={"class": "speechattn", "args": {}}), "is no module"),
-        (changed(encoder={"class": "speechattn.encoder", "args": {}}), "is no module"),
+        (changed(encoder={"class_path": "speechattn", "init_args": {}}), "is no module"),
+        (changed(encoder={"class_path": "speechattn.encoder", "init_args": {}}), "is no module"),
         (changed(sample_rate=0), "sample_rate 0"),
         (changed(sample_rate="x"), "sample_rate x"),
         (changed(spaceless="no"), "spaceless no"),
         (changed(language=5), "language 5"),
         (
-            changed(front_end=CONFIG["front_end"]["args"]["spectrum"] | {"args": {"mels": 80, "rate": 8000}}),
+            changed(front_end=CONFIG["front_end"]["init_args"]["spectrum"] | {"init_args": {"mels": 80, "rate": 8000}}),
             "fit together",
         ),
         (changed(encoder=[CONFIG["encoder"]] * 900), "too large"),
@@ -148,7 +148,7 @@ def test_weights_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    config["encoder"]["args"]["depth"] = 3
+    config["encoder"]["init_args"]["depth"] = 3
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     with pytest.raises(ModelError, match=r"missing \(encoder\.layers"):
         load_model(tmp_path)

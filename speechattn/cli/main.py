@@ -15,19 +15,24 @@ __all__ = ["main", "parser"]
 
 def parser() -> argparse.ArgumentParser:
     """All commands; abbreviations of options are not accepted, so that a typo is an error."""
-    from speechattn.cli import align, demo, doctor, score, stream, transcribe
+    from speechattn.cli import align, demo, doctor, export, fit, score, stream, transcribe
 
     top = argparse.ArgumentParser(prog="speechattn", description="Speech attention that streams.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"speechattn {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (transcribe, stream, align, score, demo, doctor):
+    for module in (transcribe, stream, align, fit, export, score, demo, doctor):
         module.add_parser(commands)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit codes: 0 done, 2 with one line of what was wrong and what to do."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments[:1] == ["fit"]:
+            from speechattn.cli.fit import fit
+
+            return fit(arguments[1:])
         options = parser().parse_args(arguments)
         code: int = options.run(options)
         sys.stdout.flush()

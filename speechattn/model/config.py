@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -37,14 +39,15 @@ MOST_PARTS = 10_000  # that a configuration may have; aliases count every time
 DEEPEST = 50
 
 
-def build(spec: Any, where: str) -> Any:
-    """`{class: name, args: {...}}` -> the object, all the way down; a bare name of a class is that class.
+def build(spec: Any, where: str, plugins: Sequence[str] = ()) -> Any:
+    """`{class_path: name, init_args: {...}}` -> the object, all the way down; a bare name of a class is that class.
 
-    Classes are modules or patterns of this package, or modules of `torch.nn`. `where` says in a ModelError what part
-    of which file is wrong.
+    It is the notation of a recipe. Where a constructor wants something to call (a maker of positions), a part is its
+    class with these arguments given. Classes are modules or patterns of this package, of `torch.nn`, or of the modules
+    `plugins`, which are imported. `where` says in a ModelError what part of which file is wrong.
     """
     measure(spec, where, 0, [0])
-    return made(spec, where)
+    return Builder(tuple(plugins)).made(spec, where)
 
 
 def measure(spec: Any, where: str, depth: int, count: list[int]) -> None:
@@ -57,45 +60,68 @@ def measure(spec: Any, where: str, depth: int, count: list[int]) -> None:
         measure(part, where, depth + 1, count)
 
 
-def made(spec: Any, where: str) -> Any:
-    """The object that a part stands for."""
-    if isinstance(spec, str):
-        return resolve(spec, where) if spec.startswith(("speechattn.", "torch.nn.")) else spec
-    if isinstance(spec, list):
-        return [made(item, f"{where}[{i}]") for i, item in enumerate(spec)]
-    if not isinstance(spec, Mapping):
-        return spec
-    if "class" not in spec:
-        return {key: made(value, f"{where}.{key}") for key, value in spec.items()}
-    if unknown := sorted(map(str, spec.keys() - {"class", "args"})):
-        raise ModelError(f"{where}: {', '.join(unknown)}: a part has a class and args, and nothing else")
-    args = spec.get("args") or {}
-    if not isinstance(args, Mapping):
-        raise ModelError(f"{where}.args: not a mapping of names to values")
-    kind = resolve(str(spec["class"]), f"{where}.class")
-    given = {str(key): made(value, f"{where}.{key}") for key, value in args.items()}
-    try:
-        inspect.signature(kind).bind(**given)
-        return kind(**given)
-    except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, MemoryError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{where}: {spec['class']}: {said}") from error
+@dataclass(frozen=True)
+class Builder:
+    """Makes parts of the classes of this package, of `torch.nn` and of the modules `plugins`."""
 
+    plugins: tuple[str, ...]
 
-def resolve(name: str, where: str) -> Any:
-    """The class of that name, or a constructor of it (`Span.causal`)."""
-    parts = name.split(".")
-    if name.startswith("torch.nn.") and len(parts) == 3:
-        found: Any = getattr(nn, parts[2], None)
-        if inspect.isclass(found) and issubclass(found, nn.Module):
-            return found
-    elif parts[0] == "speechattn" and all(part.isidentifier() and not part.startswith("_") for part in parts):
-        for split in range(max(1, len(parts) - 2), len(parts)):
-            found = lookup(".".join(parts[:split]), parts[split:])
-            owner = getattr(found, "__self__", found)  # of a classmethod
-            if inspect.isclass(owner) and issubclass(owner, (nn.Module, *VALUES)):
+    def made(self, spec: Any, where: str, *, maker: bool = False) -> Any:
+        """The object that a part stands for, or with `maker` what makes it."""
+        if isinstance(spec, str):
+            return self.resolve(spec, where) if self.known(spec) else spec
+        if isinstance(spec, list):
+            return [self.made(item, f"{where}[{i}]", maker=maker) for i, item in enumerate(spec)]
+        if not isinstance(spec, Mapping):
+            return spec
+        if "class_path" not in spec:
+            return {key: self.made(value, f"{where}.{key}", maker=maker) for key, value in spec.items()}
+        if unknown := sorted(map(str, spec.keys() - {"class_path", "init_args"})):
+            raise ModelError(f"{where}: {', '.join(unknown)}: a part has a class_path and init_args, and nothing else")
+        args = spec.get("init_args") or {}
+        if not isinstance(args, Mapping):
+            raise ModelError(f"{where}.init_args: not a mapping of names to values")
+        kind = self.resolve(str(spec["class_path"]), f"{where}.class_path")
+        makers = callables(kind)
+        given = {str(k): self.made(v, f"{where}.{k}", maker=str(k) in makers) for k, v in args.items()}
+        try:
+            if maker:
+                inspect.signature(kind).bind_partial(**given)
+                return partial(kind, **given)
+            inspect.signature(kind).bind(**given)
+            return kind(**given)
+        except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, MemoryError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{where}: {spec['class_path']}: {said}") from error
+
+    def known(self, name: str) -> bool:
+        """It may be the name of a class."""
+        return name.startswith(("speechattn.", "torch.nn.", *(f"{plugin}." for plugin in self.plugins)))
+
+    def resolve(self, name: str, where: str) -> Any:
+        """The class of that name, or a constructor of it (`Span.causal`)."""
+        parts = name.split(".")
+        if name.startswith("torch.nn.") and len(parts) == 3:
+            found: Any = getattr(nn, parts[2], None)
+            if inspect.isclass(found) and issubclass(found, nn.Module):
                 return found
-    raise ModelError(f"{where}: {name} is no module of speechattn or torch.nn")
+        elif self.known(name) and all(part.isidentifier() and not part.startswith("_") for part in parts):
+            for split in range(max(1, len(parts) - 2), len(parts)):
+                found = lookup(".".join(parts[:split]), parts[split:])
+                owner = getattr(found, "__self__", found)  # of a classmethod
+                if inspect.isclass(owner) and issubclass(owner, (nn.Module, *VALUES)):
+                    return found
+        allowed = ", ".join(["speechattn", "torch.nn", *self.plugins])
+        raise ModelError(f"{where}: {name} is no module of {allowed}")
+
+
+def callables(kind: Any) -> set[str]:
+    """The arguments for which a constructor wants something to call."""
+    try:
+        hints = get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
+    except (NameError, TypeError):
+        return set()
+    return {name for name, hint in hints.items() if Callable in {get_origin(part) for part in (hint, *get_args(hint))}}
 
 
 def lookup(module: str, names: list[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,20 @@ def is_model(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def from_config(config: dict[str, Any], tokenizer: Pieces, *, where: str = CONFIG) -> Recognizer:
-    """A model without its weights; ModelError for what is missing, unknown or does not fit."""
+def from_config(
+    config: dict[str, Any], tokenizer: Pieces, *, where: str = CONFIG, plugins: Sequence[str] = ()
+) -> Recognizer:
+    """A model without its weights; ModelError for what is missing, unknown or does not fit.
+
+    Its classes are those of this package, of `torch.nn`, and of the modules `plugins`: naming one runs its code.
+    """
     if unknown := sorted(map(str, config.keys() - KEYS)):
         raise ModelError(f"{where}: unknown: {', '.join(unknown)}; known: {', '.join(sorted(KEYS))}")
     if config.get("format") != FORMAT:
         raise ModelError(f"{where}: format {config.get('format')}: this version reads format {FORMAT}")
     if missing := [key for key in NEEDED if key not in config]:
         raise ModelError(f"{where}: {', '.join(missing)} missing")
-    parts = {key: build(config[key], f"{where}: {key}") for key in NEEDED}
+    parts = {key: build(config[key], f"{where}: {key}", plugins) for key in NEEDED}
     for key in ("front_end", "encoder"):
         if not isinstance(parts[key], Stream):
             raise ModelError(f"{where}: {key}: {type(parts[key]).__name__} is not a stream")
@@ -88,11 +94,11 @@ def try_out(model: Recognizer, where: str) -> None:
         raise ModelError(f"{where}: front_end and encoder do not fit together: {said}") from error
 
 
-def load_folder(path: Path) -> Recognizer:
+def load_folder(path: Path, plugins: Sequence[str] = ()) -> Recognizer:
     """The model of a folder; every tensor must be there, and no other."""
     from safetensors.torch import load_file
 
-    model = from_config(read_yaml(path / CONFIG), Pieces.load(path), where=str(path / CONFIG))
+    model = from_config(read_yaml(path / CONFIG), Pieces.load(path), where=str(path / CONFIG), plugins=plugins)
     try:
         tensors = load_file(path / WEIGHTS)
     except Exception as error:
@@ -102,7 +108,7 @@ def load_folder(path: Path) -> Recognizer:
     return model.eval().requires_grad_(False)
 
 
-def save_model(model: Recognizer, path: Path) -> None:
+def save_model(model: Recognizer, path: Path, plugins: Sequence[str] = ()) -> None:
     """Write the folder; ModelError when the model does not know its configuration."""
     import yaml
     from safetensors.torch import save_file
@@ -114,4 +120,4 @@ def save_model(model: Recognizer, path: Path) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, path / WEIGHTS)
     model.tokenizer.save(path)
     with torch.no_grad():
-        load_folder(path)  # what cannot be read again is no model
+        load_folder(path, plugins)  # what cannot be read again is no model

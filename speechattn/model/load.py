@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,13 +19,13 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
 
 def load_model(
     name: str | Path = "tiny.en", *, device: str = "cpu", dtype: str = "float32", language: str | None = None,
-    task: str | None = None, pad_s: float | None = None,
+    task: str | None = None, pad_s: float | None = None, plugins: Sequence[str] = (),
 ) -> Recognizer | WhisperModel:  # fmt: skip
     """A model by name (`tiny.en`, `large-v3`) or path; ModelError says what was looked for and what to do.
 
     A folder that `save_model` wrote, or that of an ESPnet2 experiment, is a `Recognizer`; all else is a Whisper.
     `task` (transcribe or translate) and `pad_s`, the silence that follows the sound into the encoder (None: the
-    measured default), are Whisper's.
+    measured default), are Whisper's. `plugins` are modules whose classes the `config.yaml` of a folder may name, too.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype}: wanted {', '.join(DTYPES)}")
@@ -46,7 +47,7 @@ def load_model(
     for option, value in (("task", task), ("pad_s", pad_s)):
         if value not in (None, "transcribe"):
             raise ModelError(f"{path}: {option} {value} belongs to Whisper; this model has no such setting")
-    model = load_folder(path) if ours else load_espnet(path)
+    model = load_folder(path, plugins) if ours else load_espnet(path)
     if language not in (None, model.language):
         raise ModelError(f"{path}: this model knows {model.language or 'one language'}, not {language}")
     return model.to(place).cast(DTYPES[dtype])

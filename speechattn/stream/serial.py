@@ -28,6 +28,11 @@ class Serial(Planned):
         for name, member in named.items():
             self.add_module(name, member)
 
+    @classmethod
+    def of(cls, members: dict[str, Stream]) -> Serial:
+        """The same from a mapping: what a configuration can say."""
+        return cls(**members)
+
     @property
     def members(self) -> list[Stream]:
         """The streams in order."""

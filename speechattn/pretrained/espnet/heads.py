@@ -61,7 +61,7 @@ def head_specs(path: Path, said: Mapping[str, Any], dim: int, vocab: int) -> Spe
         top.one_of("decoder", ("transformer", "transducer", None))
     specs: Specs = {}
     if weight > 0:
-        specs["ctc"] = {"class": "speechattn.decoder.ctc.CTC", "args": {"dim": dim, "vocab": vocab}}
+        specs["ctc"] = {"class_path": "speechattn.decoder.ctc.CTC", "init_args": {"dim": dim, "vocab": vocab}}
     if kind == "transformer" and weight < 1:
         specs["attention"] = attention(path, said, dim, vocab)
     if kind == "transducer":
@@ -75,8 +75,8 @@ def attention(path: Path, said: Mapping[str, Any], dim: int, vocab: int) -> dict
     for key, value in FIXED.items():
         options.one_of(key, (value,))
     return {
-        "class": "speechattn.pretrained.espnet.network.Espnet.decoder",
-        "args": {
+        "class_path": "speechattn.pretrained.espnet.network.Espnet.decoder",
+        "init_args": {
             "vocab": vocab, "dim": dim, "heads": options.number("attention_heads"),
             "depth": options.number("num_blocks"), "inner": options.number("linear_units"),
             "dropout": options.dropout(),
@@ -96,10 +96,10 @@ def transducer(path: Path, said: Mapping[str, Any], dim: int, vocab: int) -> dic
     predictor = {"vocab": vocab, "dim": labels, "depth": depth, "dropout": dropout}
     inner = {"frames": dim, "labels": labels, "inner": joint.number("joint_space_size"), "vocab": vocab}
     return {
-        "class": "speechattn.decoder.transducer.Transducer",
-        "args": {
-            "predictor": {"class": "speechattn.decoder.predictor.LSTMPredictor", "args": predictor},
-            "joint": {"class": "speechattn.decoder.transducer.Joint", "args": inner},
+        "class_path": "speechattn.decoder.transducer.Transducer",
+        "init_args": {
+            "predictor": {"class_path": "speechattn.decoder.predictor.LSTMPredictor", "init_args": predictor},
+            "joint": {"class_path": "speechattn.decoder.transducer.Joint", "init_args": inner},
         },
     }
 

@@ -93,7 +93,7 @@ def same_filters(path: Path, tensors: Mapping[str, Tensor], model: Recognizer) -
 
 def statistics(path: Path, tensors: Mapping[str, Tensor], sound: Sound) -> dict[str, Tensor]:
     """Mean and deviation of the corpus, as the front-end calls them; none where features are not normalised."""
-    if "normal" not in sound.spec["args"]:
+    if "normal" not in sound.spec["init_args"]:
         return {}
     found = {}
     for name, used, nothing in (("mean", sound.means, torch.zeros), ("std", sound.deviations, torch.ones)):

@@ -69,8 +69,8 @@ def encoder_spec(config: EncoderConfig, mels: int, span: Span | None = None) -> 
     """An `Espnet.encoder` in words."""
     args = asdict(config) | {"mels": mels, "activation": f"torch.nn.{config.activation.__name__}"}
     if span is not None:
-        args["span"] = {"class": "speechattn.attention.Span", "args": asdict(span)}
-    return {"class": f"{Espnet.__module__}.Espnet.encoder", "args": args}
+        args["span"] = {"class_path": "speechattn.attention.Span", "init_args": asdict(span)}
+    return {"class_path": f"{Espnet.__module__}.Espnet.encoder", "init_args": args}
 
 
 def set_eps(network: nn.Module) -> None:

@@ -58,8 +58,8 @@ def read_sound(path: Path, said: Mapping[str, Any]) -> Sound:
     rate, mels = sampling(options), options.number("n_mels")
     parts = {"spectrum": spectrum(options, rate, mels)}
     if used:
-        parts["normal"] = {"class": "speechattn.audio.normal.GlobalCMVN.unknown", "args": {"dim": mels}}
-    return Sound(rate, mels, means, deviations, {"class": "speechattn.stream.Serial", "args": parts})
+        parts["normal"] = {"class_path": "speechattn.audio.normal.GlobalCMVN.unknown", "init_args": {"dim": mels}}
+    return Sound(rate, mels, means, deviations, {"class_path": "speechattn.stream.Serial", "init_args": parts})
 
 
 def spectrum(options: Options, rate: int, mels: int) -> dict[str, Any]:
@@ -78,8 +78,8 @@ def spectrum(options: Options, rate: int, mels: int) -> dict[str, Any]:
                 raise ModelError(f"{options.where}: {key}: {value} is no frequency of sound at {rate} samples a second")
             args[name] = float(value)
     if options.one_of("htk", (False, True)):
-        return {"class": "speechattn.pretrained.espnet.network.Espnet.htk_log_mel", "args": args}
-    return {"class": "speechattn.audio.spectrum.CentredLogMel", "args": args | {"scale": "slaney"}}
+        return {"class_path": "speechattn.pretrained.espnet.network.Espnet.htk_log_mel", "init_args": args}
+    return {"class_path": "speechattn.audio.spectrum.CentredLogMel", "init_args": args | {"scale": "slaney"}}
 
 
 def sampling(options: Options) -> int:
