@@ -205,7 +205,7 @@ def test_backends_give_their_reasons() -> None:
     for backend, pattern, message in [
         ("window", Span(None), "not bounded to the left"), ("window", Blocks(4, ((True,),)), "Blocks is not a band"),
         ("flex", Span(None), "needs CUDA"), ("fused", Span(1, sinks=1), "sinks"),
-        ("fast", Span(None), "wanted auto or one of flex, window, fused, reference"),
+        ("fast", Span(None), "wanted auto or one of window, fused, reference, flex"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             attend(q, k, v, pattern=pattern, valid=valid, backend=backend)

@@ -33,7 +33,8 @@ class Backend(Protocol):
         """
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Flex(), Windowed(), Fused(), Reference())}
+# flex comes last, so "auto" never takes it: it is compiled anew for each length of utterance.
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Windowed(), Fused(), Reference(), Flex())}
 
 
 def choose(q: Tensor, pattern: Pattern, position: Position | None, backend: str) -> Backend:
