@@ -1,20 +1,29 @@
-"""Vocabularies of pieces: characters, or SentencePiece's subwords; and how phrases are spelled in them."""
+"""Vocabularies of pieces: characters, bytes, phones or SentencePiece's subwords; how phrases are spelled in them."""
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import chain
+from math import exp
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from speechattn.errors import InputError, ModelError, SpeechAttnError
+from speechattn.text.lexicon import Lexicon
 
-__all__ = ["Encodes", "Phrase", "Pieces", "spelled"]
+__all__ = ["BLANK", "BYTES", "END", "MARK", "UNKNOWN", "Encodes", "Phrase", "Pieces", "plain", "spelled"]
 
-BLANK, UNKNOWN, END = "<blank>", "<unk>", "<sos/eos>"
+BLANK = "<blank>"
+UNKNOWN = "<unk>"
+END = "<sos/eos>"
 MARK = "▁"  # SentencePiece's space
-LIST, BACKEND = "tokens.txt", "bpe.model"
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # as SentencePiece writes them
+LIST = "tokens.txt"
+BACKEND = "bpe.model"
+LEXICON = "lexicon.txt"
 
 
 class Pieces:
@@ -22,11 +31,13 @@ class Pieces:
 
     A piece that begins with "▁" (or with a space) begins a word; where no piece has either, text has no spaces.
     `encode` takes the longest piece that fits, again and again, or asks the SentencePiece `model` that made the
-    pieces. Law: where it finds no `<unk>`, `decode` gives the text back, up to spaces: those at its ends go and several
-    become one.
+    pieces. Where all of `BYTES` are pieces, a letter that no piece spells is its UTF-8 bytes; if they are all there
+    is, a word begins with the byte of its space, and so does the first. With a `lexicon`, text is what it says of its
+    words. Law: where `encode` finds no `<unk>`, `decode` gives the text back (with a lexicon, its phones), up to
+    spaces: those at its ends go and several become one.
     """
 
-    def __init__(self, pieces: Sequence[str], *, model: Path | None = None) -> None:
+    def __init__(self, pieces: Sequence[str], *, model: Path | None = None, lexicon: Lexicon | None = None) -> None:
         if not pieces or pieces[0] != BLANK:
             raise ModelError(f"the first of the {len(pieces)} pieces is not {BLANK}")
         if len({*pieces}) < len(pieces):
@@ -37,14 +48,22 @@ class Pieces:
         if END in pieces[:-1]:
             raise ModelError(f"{END} is piece {pieces.index(END)}, but must be the last")
         self.pieces = tuple(pieces)
-        self.model = model
+        self.model, self.lexicon = model, lexicon
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self.unknown = self._ids.get(UNKNOWN)
         self.end = self._ids.get(END)
         self.special = {i for i in (0, self.unknown, self.end) if i is not None}
-        text = "".join(piece for i, piece in enumerate(pieces) if i not in self.special)
-        self.space = MARK if MARK in text else " " if " " in text else ""
-        self._longest = max(map(len, pieces))
+        self._bytes = {self._ids[piece]: i for i, piece in enumerate(BYTES)} if {*BYTES} <= {*pieces} else {}
+        self._letters = [piece for i, piece in enumerate(pieces) if i not in self.special and i not in self._bytes]
+        text = "".join(self._letters)
+        self.space = MARK if MARK in text else " " if " " in text or self._bytes else ""
+        self.spaces = {i for i, piece in enumerate(pieces) if piece == self.space or self._bytes.get(i) == ord(" ")}
+        self._longest = max(map(len, self._letters), default=1)
+
+    @property
+    def bytewise(self) -> bool:
+        """Bytes spell what no other piece does."""
+        return bool(self._bytes)
 
     @property
     def size(self) -> int:
@@ -65,68 +84,140 @@ class Pieces:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids. What no piece spells is `<unk>`; InputError naming it where there is none."""
+        if self.lexicon is not None:
+            said = ((word, self.lexicon.said(word)) for word in text.split())
+            return [i for word, phones in said for i in (self._cut(phones) if phones else [self._id(word, text)])]
         if self.model is not None:
-            return [self._id(piece, text) for piece in self._backend.encode(text, out_type=str)]
-        words = text.split()
-        spelled = "".join(MARK + word for word in words) if self.space == MARK else self.space.join(words)
+            return [self._id(piece, text) for piece in self._backend.encode(plain(text), out_type=str)]
+        return self._cut(text)
+
+    def _cut(self, text: str) -> list[int]:
+        """Ids of the longest pieces."""
+        spelled = self._spelled(text)
         ids: list[int] = []
         at = 0
         while at < len(spelled):
             longest = range(min(self._longest, len(spelled) - at), 0, -1)
             piece = next((spelled[at : at + n] for n in longest if self._text(spelled[at : at + n])), spelled[at])
-            ids.append(self._id(piece, text))
+            ids += self._spell(piece, text)
             at += len(piece)
         return ids
 
     def letters(self, text: str) -> list[int]:
         """Text -> ids of its letters and of the marks before words; InputError for one that is no piece."""
+        if self.lexicon is not None:
+            return self.encode(text)
+        return [i for letter in self._spelled(text) for i in self._spell(letter, text)]
+
+    def sample(self, text: str, seed: int | str, *, alpha: float = 0.2, best: int = 64) -> list[int]:
+        """Text -> ids of one of its `best` spellings, by chance: p(x)^alpha, normalised (arXiv 1804.10959, 3.2).
+
+        A pure function of its arguments. InputError where the pieces are not those of a unigram model.
+        """
+        try:
+            found = self._backend.nbest_encode_as_pieces(plain(text), best) if self.model is not None else []
+        except RuntimeError:  # of BPE, which has no probabilities
+            found = []
+        if not found:
+            raise InputError("only the pieces of a SentencePiece unigram model can be sampled")
+        backend = self._backend
+        scores = [sum(backend.get_score(backend.piece_to_id(piece)) for piece in pieces) for pieces in found]
+        weights = [exp(alpha * (score - max(scores))) for score in scores]
+        return [self._id(piece, text) for piece in random.Random(seed).choices(found, weights)[0]]
+
+    def _spelled(self, text: str) -> str:
+        """The letters of a text; every word begins with the mark, or words have spaces between them."""
         words = text.split()
-        spelled = "".join(MARK + word for word in words) if self.space == MARK else self.space.join(words)
-        return [self._id(letter, text) for letter in spelled]
+        return "".join(self.space + word for word in words) if self._marked else self.space.join(words)
+
+    @property
+    def _marked(self) -> bool:
+        """The first word begins as all others do."""
+        return self.space == MARK or bool(self._bytes)
+
+    def _spell(self, piece: str, text: str) -> list[int]:
+        """A piece, or a letter that may be none, in `text`."""
+        if not self._bytes or self._text(piece) or "\ud800" <= piece <= "\udfff":
+            return [self._id(piece, text)]
+        return [self._ids[BYTES[byte]] for byte in (" " if piece == self.space else piece).encode()]
 
     def _text(self, piece: str) -> bool:
-        """It is a piece, and not a special one."""
-        return self._ids.get(piece, 0) not in self.special
+        """It is a piece, and neither a special one nor a byte."""
+        i = self._ids.get(piece, 0)
+        return i not in self.special and i not in self._bytes
 
     def _id(self, piece: str, text: str) -> int:
         """Of a piece in `text`."""
-        if self._text(piece):
-            return self._ids[piece]
+        i = self._ids.get(piece, 0)
+        if i not in self.special:
+            return i
         if self.unknown is None:
             raise InputError(f"{piece!r} of {text!r} is not in the vocabulary of {self.size} pieces")
         return self.unknown
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids -> text. `<blank>` and `<sos/eos>` spell nothing."""
-        spelled = "".join(self.pieces[i] for i in ids if i not in (0, self.end))
+        """Ids -> text. `<blank>` and `<sos/eos>` spell nothing; bytes that are no UTF-8 are U+FFFD."""
+        if self._bytes:
+            spelled = b"".join(self._utf8[i] for i in ids).decode(errors="replace")
+            return " ".join(spelled.split())
+        spelled = "".join(self._said[i] for i in ids)
         return " ".join((spelled.replace(self.space, " ") if self.space else spelled).split())
+
+    @cached_property
+    def _said(self) -> tuple[str, ...]:
+        """What each id spells. With a lexicon, `<unk>` is a word."""
+        unknown = MARK + UNKNOWN if self.lexicon is not None else UNKNOWN
+        own = {0: "", self.end: "", self.unknown: unknown}
+        return tuple(own.get(i, piece) for i, piece in enumerate(self.pieces))
+
+    @cached_property
+    def _utf8(self) -> tuple[bytes, ...]:
+        """What each id spells, in bytes."""
+        return tuple(
+            bytes([self._bytes[i]]) if i in self._bytes else said.replace(self.space, " ").encode(errors="replace")
+            for i, said in enumerate(self._said)
+        )
 
     @cached_property
     def begins(self) -> tuple[bool, ...]:
         """For every id: a word begins with it, because its first letter is a space."""
-        return tuple(i not in (0, self.end) and piece.startswith(self.space) for i, piece in enumerate(self.pieces))
+        return tuple(
+            self._bytes[i] == ord(" ") if i in self._bytes else said != "" and said.startswith(self.space)
+            for i, said in enumerate(self._said)
+        )
 
     def words(self, ids: Sequence[int], *, spaceless: bool = False) -> list[int]:
         """How many tokens each word has; they add up to all. Without spaces (or `spaceless`) every piece is a word.
 
-        A word begins with a piece whose first letter is a space.
+        A word begins with a piece whose first letter is a space. Bytes of one character stay together, and so do a
+        space that is a piece of its own and what follows it.
         """
         sizes: list[int] = []
-        for i in ids:
-            begins = i not in (0, self.end) and self.pieces[i].startswith(self.space)
-            if begins or not sizes:
+        for before, i in zip([0, *ids], ids, strict=False):
+            alone = spaceless and i not in (0, self.end) and before not in self.spaces
+            inside = self._bytes.get(i, 0) & 0xC0 == 0x80
+            if self.begins[i] or (alone and not inside) or not sizes:
                 sizes.append(1)
             else:
                 sizes[-1] += 1
         return sizes
 
     def save(self, folder: Path) -> None:
-        """Write `tokens.txt` (a piece and its id a line) and the SentencePiece model, if there is one."""
+        """Write `tokens.txt` (a piece and its id a line), and the SentencePiece model and the lexicon, if any.
+
+        Those of another vocabulary that was there go.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         lines = [f"{piece} {i}\n" for i, piece in enumerate(self.pieces)]
         (folder / LIST).write_text("".join(lines), encoding="utf-8", newline="\n")
         if self.model is not None and self.model.resolve() != (folder / BACKEND).resolve():
             shutil.copyfile(self.model, folder / BACKEND)
+        if self.model is None:
+            (folder / BACKEND).unlink(missing_ok=True)
+        if self.lexicon is not None:
+            self.lexicon.save(folder / LEXICON)
+        else:
+            (folder / LEXICON).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> Pieces:
@@ -146,7 +237,15 @@ class Pieces:
                 if int(number) != i:
                     raise ModelError(f"{path}, line {i + 1}: the id of {lines[i]!r} is not {i}")
             lines = [piece for piece, _, _ in parts]
-        return cls(lines, model=folder / BACKEND if (folder / BACKEND).exists() else None)
+        return cls(
+            lines, model=folder / BACKEND if (folder / BACKEND).exists() else None,
+            lexicon=Lexicon.load(folder / LEXICON) if (folder / LEXICON).exists() else None,
+        )  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """Words with a space between them, and "?" for half a surrogate pair, which no UTF-8 can spell."""
+    return " ".join(text.split()).encode(errors="replace").decode()
 
 
 class Encodes(Protocol):
@@ -162,13 +261,14 @@ class Phrase(NamedTuple):
     spellings: tuple[tuple[int, ...], ...]
 
 
-def spelled(lines: Sequence[str], tokenizer: Encodes) -> list[Phrase]:
+def spelled(lines: Sequence[str], tokenizer: Encodes, *, spaceless: bool = False) -> list[Phrase]:
     """Plain text -> tokens, as at the beginning of a text, as behind a space, and of `Pieces` letter by letter.
 
     A model need not spell a rare word with the longest pieces. Where the vocabulary cannot spell a phrase as it is
-    written, in lower case; else in upper case. InputError naming the phrases that cannot be spelled at all.
+    written, in lower case; else in upper case. Bytes spell everything, also what is never said: all three then.
+    In `spaceless` text no mark is said before a phrase: it goes, where it is a piece. InputError naming the phrases
+    that cannot be spelled at all.
     """
-
     if isinstance(lines, str):
         raise InputError(f"phrases are a list of texts, not one text ({lines[:40]!r})")
     by_letter = tokenizer.letters if isinstance(tokenizer, Pieces) else tokenizer.encode
@@ -178,17 +278,19 @@ def spelled(lines: Sequence[str], tokenizer: Encodes) -> list[Phrase]:
             tokens = tuple(encode(text))
         except (SpeechAttnError, ValueError):
             return ()
-        return () if getattr(tokenizer, "unknown", None) in tokens else tokens
+        marked = spaceless and len(tokens) > 1 and tokens[0] in getattr(tokenizer, "spaces", ())
+        return () if getattr(tokenizer, "unknown", None) in tokens else tokens[marked:]
 
     found = []
     for line in lines:
         text = " ".join(line.split())
-        forms = (
+        forms = [
             {encoded(form), encoded(f" {form}"), encoded(form, by_letter)} - {()}
             for form in (text, text.lower(), text.upper())
             if text and encoded(form)
-        )
-        found.append(Phrase(line, tuple(sorted(next(filter(None, forms), ())))))
+        ]
+        known = {*chain(*forms)} if getattr(tokenizer, "bytewise", False) else next(filter(None, forms), set())
+        found.append(Phrase(line, tuple(sorted(known))))
     if wrong := [phrase.text for phrase in found if not phrase.spellings]:
         raise InputError(f"phrases that the model's vocabulary cannot spell: {', '.join(map(repr, wrong))}")
     return found
