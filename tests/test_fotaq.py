@@ -62,13 +62,19 @@ def test_clips_of_a_small_game_and_their_manifests(tmp_path: Path, monkeypatch: 
     assert {clip.split for clip in clips.values()} == {"test"}
     monkeypatch.setattr(corpus, "SHA256", hashlib.sha256((tmp_path / "queen.1c").read_bytes()).hexdigest())
     prepare(tmp_path, ("test",))
+    monkeypatch.setattr(corpus, "fetch", lambda folder: pytest.fail("prepared already"))
+    prepare(tmp_path, ("test",))
     lines = read_split(tmp_path, "test")
     assert [line.text for line in lines] == ["Hello Joe.", "Fine.", "Go"]
     assert soundfile.info(lines[0].path).samplerate == 16000
     lhotse = pytest.importorskip("lhotse")
-    recordings = lhotse.RecordingSet.from_file(tmp_path / "fotaq_recordings_test.jsonl")
-    supervisions = lhotse.SupervisionSet.from_file(tmp_path / "fotaq_supervisions_test.jsonl")
+    recordings = lhotse.RecordingSet.from_file(tmp_path / "fotaq_recordings_test.jsonl.gz")
+    supervisions = lhotse.SupervisionSet.from_file(tmp_path / "fotaq_supervisions_test.jsonl.gz")
     lhotse.validate_recordings_and_supervisions(recordings, supervisions)
+    cuts = lhotse.CutSet.from_file(tmp_path / "fotaq_cuts_test.jsonl.gz")
+    lhotse.validate(cuts, read_data=True)
+    said = [cut.supervisions[0] for cut in cuts]
+    assert {(one.language, one.speaker, one.custom["dialogue"]) for one in said} == {("en", "TAM", "TAM1")}
     stream = join("x", lines)
     assert stream.text == "Hello Joe. Fine. Go"
     assert [len(stream.samples) > 16000 * s for s in stream.starts_s] == [True] * 3

@@ -5,14 +5,13 @@ The game may be redistributed free of charge with its notice; see `data/fotaq/RE
 
 from __future__ import annotations
 
-import hashlib
+import gzip
 import io
 import json
 import os
 import re
 import shutil
 import struct
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,16 @@ from pathlib import Path
 import soundfile
 
 from speechattn.audio.resample import Resampler, Samples, to_mono
+from speechattn.data.prepare.debian import download, sha256, unpack
+from speechattn.data.prepare.manifests import Utterance, manifest_path, prepared, write_manifests
+from speechattn.data.prepare.sound import RATE, AudioFormat
 from speechattn.errors import InputError
 
-__all__ = ["SPLITS", "Clip", "Game", "Line", "default_folder", "prepare", "read_split"]
+__all__ = ["RATE", "SPLITS", "Clip", "Game", "Line", "default_folder", "prepare", "read_split"]
 
 PACKAGE = "flight-of-the-amazon-queen"
 INSIDE = "usr/share/scummvm/flight-of-the-amazon-queen/queen.1c"
 SHA256 = "cc91960d133fcd4173eda4bac304e80d2bbdbaa085640287ab9e0507bd603f67"
-RATE = 16000
 
 # By character, so that no voice is in two parts; everybody else, and the hero, is training data.
 SPLITS = {"dev": ("LOU", "HENRY", "CHEF"), "test": ("TAM", "KLUNK", "FAYE", "ORACLE", "NAOMI")}
@@ -70,6 +71,12 @@ class Game:
         """Samples [n] at 16 kHz."""
         x, rate = soundfile.read(io.BytesIO(self.read(clip.name + ".SB")), dtype="float32")
         return Resampler(rate, RATE).feed(to_mono(x), last=True)
+
+    def utterance(self, clip: Clip) -> Utterance:
+        """A clip for the manifests."""
+        name = f"{clip.dialogue}-{clip.name.lstrip('*')}"
+        custom = {"dialogue": clip.dialogue}
+        return Utterance(name, lambda: self.audio(clip), clip.text, clip.speaker, "en", custom=custom)
 
     def clips(self) -> Iterator[Clip]:
         """Every line of the dialogues that was recorded, in the order of the script, and only once."""
@@ -127,84 +134,44 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speechattn" / "fotaq"
 
 
-def prepare(folder: Path, splits: tuple[str, ...] = ("train", "dev", "test")) -> Path:
+def prepare(
+    folder: Path, splits: tuple[str, ...] = ("train", "dev", "test"), *, audio_format: AudioFormat = "flac"
+) -> Path:
     """Fetch the package, check it, and write the splits that are not there yet; returns the folder.
 
-    Each split gets 16 kHz WAV files and lhotse-compatible `fotaq_recordings_SPLIT.jsonl` and
-    `fotaq_supervisions_SPLIT.jsonl`; the licence lies beside them. InputError when the package cannot be fetched.
+    The manifests are those of `speechattn.data.prepare.manifests`, the licence lies beside them. InputError when the
+    package cannot be fetched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [split for split in splits if not (folder / f"fotaq_supervisions_{split}.jsonl").is_file()]
+    options = {"audio_format": audio_format, "source": SHA256}
+    missing = [split for split in splits if prepared(folder, "fotaq", split, options) is None]
     if not missing:
         return folder
     game = Game(fetch(folder))
     clips = list(game.clips())
     for split in missing:
-        write_split(folder, split, game, [clip for clip in clips if clip.split == split])
+        chosen = [clip for clip in clips if clip.split == split]
+        utterances = (game.utterance(clip) for clip in chosen)
+        write_manifests(
+            folder, "fotaq", split, utterances, audio_format=audio_format, options=options, total=len(chosen)
+        )
     return folder
 
 
 def fetch(folder: Path) -> Path:
-    """`queen.1c` in the folder, from the Debian package; its own apt state, so neither root nor an update is needed."""
+    """`queen.1c` in the folder, from the Debian package, which is fetched when it is not there."""
     target = folder / "queen.1c"
     if not target.is_file():
         work = folder / "package"
-        for part in ("state/lists/partial", "cache/archives/partial", "files"):
-            (work / part).mkdir(parents=True, exist_ok=True)
-        options = [
-            f"Dir::State={work / 'state'}",
-            f"Dir::Cache={work / 'cache'}",
-            "APT::Sandbox::User=",
-            "Debug::NoLocking=1",
-        ]
-        apt = ["apt-get", "-qq", *(word for option in options for word in ("-o", option))]
-        run([*apt, "update"], work)
-        run([*apt, "download", PACKAGE], work)
-        (package,) = work.glob(f"{PACKAGE}_*.deb")
-        run(["dpkg-deb", "-x", str(package), "files"], work)
+        work.mkdir(parents=True, exist_ok=True)
+        unpack(download(PACKAGE, work), work / "files")
         shutil.copy(work / "files/usr/share/doc" / PACKAGE / "copyright", folder / "LICENCE")
         (work / "files" / INSIDE).rename(target)
         shutil.rmtree(work)
-    found = hashlib.sha256(target.read_bytes()).hexdigest()
+    found = sha256(target)
     if found != SHA256:
         raise InputError(f"{target}: its SHA-256 is {found}, expected {SHA256}; remove it to fetch it again")
     return target
-
-
-def run(command: list[str], folder: Path) -> None:
-    """Run a program of the package system; InputError with its own words when it fails."""
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{command[0]} is not installed: the recordings come as a package of Debian or Ubuntu"
-        ) from error
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        raise InputError(f"the package {PACKAGE} cannot be fetched: {said[-1] if said else error}") from error
-
-
-def write_split(folder: Path, split: str, game: Game, clips: list[Clip]) -> None:
-    """The WAV files and the two manifests of one split; the manifests come last, so a broken run starts again."""
-    (folder / split).mkdir(exist_ok=True)
-    recordings, supervisions = [], []
-    for clip in clips:
-        x, name = game.audio(clip), f"{clip.dialogue}-{clip.name.lstrip('*')}"
-        path = (folder / split / f"{name}.wav").resolve()
-        soundfile.write(path, x, RATE, subtype="PCM_16")
-        seconds = len(x) / RATE
-        source = {"type": "file", "channels": [0], "source": str(path)}
-        recordings.append({
-            "id": name, "sources": [source], "sampling_rate": RATE, "num_samples": len(x), "duration": seconds,
-            "channel_ids": [0],
-        })  # fmt: skip
-        supervisions.append({
-            "id": name, "recording_id": name, "start": 0.0, "duration": seconds, "channel": 0, "text": clip.text,
-            "language": "English", "speaker": clip.speaker, "custom": {"dialogue": clip.dialogue},
-        })  # fmt: skip
-    for kind, rows in (("recordings", recordings), ("supervisions", supervisions)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"fotaq_{kind}_{split}.jsonl").write_text(lines, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -221,11 +188,13 @@ class Line:
 
 def read_split(folder: Path, split: str) -> list[Line]:
     """The prepared lines of one split, in the order of the script."""
-    rows = [
-        [json.loads(line) for line in (folder / f"fotaq_{kind}_{split}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for kind in ("recordings", "supervisions")
-    ]
+    with gzip.open(manifest_path(folder, "fotaq", "cuts", split), "rt", encoding="utf-8") as file:
+        cuts = [json.loads(line) for line in file]
     return [
-        Line(s["id"], Path(r["sources"][0]["source"]), s["custom"]["dialogue"], s["speaker"], s["text"], s["duration"])
-        for r, s in zip(*rows, strict=True)
-    ]
+        Line(
+            cut["id"], Path(cut["recording"]["sources"][0]["source"]), said["custom"]["dialogue"], said["speaker"],
+            said["text"], cut["duration"],
+        )
+        for cut in cuts
+        for said in cut["supervisions"]
+    ]  # fmt: skip

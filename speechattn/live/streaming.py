@@ -81,7 +81,8 @@ class Streaming:
         book = self.search.phrases
         if book is None:
             raise InputError("this search takes no phrases: make it with phrases, if only an empty list")
-        tokens = [s for phrase in spelled(phrases, self.model.tokenizer) for s in phrase.spellings]
+        found = spelled(phrases, self.model.tokenizer, spaceless=self.model.spaceless)
+        tokens = [s for phrase in found for s in phrase.spellings]
         before, self.root = self.root, book.add(tokens)
         if self.row is not None:
             self.row = replace(self.row, beam=self.search.bias(self.row.beam, self.root))
