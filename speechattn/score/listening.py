@@ -1,0 +1,145 @@
+"""The two ways in which a model hears an utterance: offline, the whole of it, and streamed, as it would live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from speechattn.audio.resample import Resampler, Samples
+from speechattn.errors import InputError
+from speechattn.frames import Frames
+from speechattn.live.events import Event
+from speechattn.live.session import Session
+from speechattn.model import Recognizer
+from speechattn.score.utterances import Utterance
+from speechattn.search import Search
+
+__all__ = ["BySession", "Ears", "Heard", "Offline", "WholeUtterances", "listen"]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was heard of one utterance, and how many seconds of computing that took.
+
+    `streamed` is None where the model cannot stream. `delay_s` adds up, over `words`, the time from the end of a
+    streamed word, as the model hears it, to its commit. `withheld` is what the session judged to be a loop. `failed`
+    says why there is nothing.
+    """
+
+    id: str
+    duration_s: float = 0.0
+    offline: str = ""
+    streamed: str | None = None
+    offline_s: float = 0.0
+    streamed_s: float = 0.0
+    delay_s: float = 0.0
+    words: int = 0
+    withheld: str = ""
+    failed: str = ""
+
+
+class Offline(Protocol):
+    """Whole utterances at the model's rate -> their texts."""
+
+    def __call__(self, sounds: Sequence[Samples]) -> list[str]:
+        """One text for each."""
+
+
+class WholeUtterances:
+    """`Offline`: one pass of the encoder over a padded batch, then the search."""
+
+    def __init__(self, model: Recognizer, search: Search) -> None:
+        self.model, self.search = model, search
+
+    @torch.inference_mode()
+    def __call__(self, sounds: Sequence[Samples]) -> list[str]:
+        rows = [self.model.sound(sound)[0] for sound in sounds]
+        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        x = Frames.from_lengths(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
+        found = self.search.decode(self.model.listening(x))
+        return [self.model.tokenizer.decode(row[0].tokens) if row else "" for row in found]
+
+
+class BySession:
+    """`Offline`: a session that commits whole utterances, for models that read windows of sound."""
+
+    def __init__(self, session: Callable[[], Session]) -> None:
+        self.session = session
+
+    def __call__(self, sounds: Sequence[Samples]) -> list[str]:
+        texts = []
+        for sound in sounds:
+            session = self.session()
+            events = session.feed(sound, session.model.sample_rate) + session.finish()
+            texts.append("".join(event.committed for event in events).strip())
+        return texts
+
+
+@dataclass(frozen=True)
+class Ears:
+    """Both ways; `session` is None for a model that cannot stream. Live sound comes `chunk_s` at a time."""
+
+    offline: Offline
+    session: Callable[[], Session] | None
+    sample_rate: int
+    chunk_s: float = 0.1
+
+
+def listen(ears: Ears, batch: Sequence[Utterance]) -> list[Heard]:
+    """Both ways of hearing each utterance; what cannot be read or heard fails alone, and says why."""
+    done, sounds = {}, {}
+    for one in batch:
+        try:
+            samples, rate = one.sound.read()
+            sounds[one.id] = samples, rate, Resampler(rate, ears.sample_rate).feed(samples, last=True)
+        except (InputError, OSError) as error:
+            done[one.id] = Heard(one.id, one.duration_s, failed=str(error))
+    offline = hear_offline(ears, {name: whole for name, (_, _, whole) in sounds.items()})
+    for name, (samples, rate, _) in sounds.items():
+        text, took = offline[name]
+        if isinstance(text, Exception):
+            done[name] = Heard(name, len(samples) / rate, failed=f"{name}: {text}")
+            continue
+        try:
+            done[name] = hear_live(ears, name, samples, rate, text, took)
+        except (InputError, ValueError, RuntimeError) as error:
+            done[name] = Heard(name, len(samples) / rate, failed=f"{name}: {error}")
+    return [done[one.id] for one in batch]
+
+
+def hear_offline(ears: Ears, sounds: dict[str, Samples]) -> dict[str, tuple[str | Exception, float]]:
+    """Text and seconds of each; the time of a batch is shared out by length, and one that fails is heard one by one."""
+    if not sounds:
+        return {}
+    began = time.perf_counter()
+    try:
+        texts: Sequence[str | Exception] = ears.offline(list(sounds.values()))
+    except (InputError, ValueError, RuntimeError) as error:
+        if len(sounds) > 1:
+            alone = [hear_offline(ears, {name: sound}) for name, sound in sounds.items()]
+            return {name: found for row in alone for name, found in row.items()}
+        texts = [error]
+    share = (time.perf_counter() - began) / max(1, sum(map(len, sounds.values())))
+    return {name: (text, share * len(sound)) for (name, sound), text in zip(sounds.items(), texts, strict=True)}
+
+
+def hear_live(ears: Ears, name: str, samples: Samples, rate: int, offline: str, offline_s: float) -> Heard:
+    """Piece by piece through a session, as the live loop does."""
+    duration_s = len(samples) / rate
+    if ears.session is None:
+        return Heard(name, duration_s, offline, None, offline_s)
+    session, events, size = ears.session(), list[Event](), max(1, round(ears.chunk_s * rate))
+    began = time.perf_counter()
+    for at in range(0, len(samples), size):
+        events += session.feed(samples[at : at + size], rate)
+    events += session.finish()
+    took = time.perf_counter() - began
+    delays = [event.emitted_s - word.end for event in events for word in event.words]
+    return Heard(
+        name, duration_s, offline, "".join(event.committed for event in events).strip(), offline_s, took,
+        delay_s=sum(delays), words=len(delays), withheld=" ".join(event.withheld for event in events).strip(),
+    )  # fmt: skip

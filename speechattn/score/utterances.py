@@ -1,0 +1,157 @@
+"""What is evaluated: utterances of a manifest, with what was really said."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import soundfile
+
+from speechattn.audio.read import open_recording
+from speechattn.audio.resample import Samples, to_mono
+from speechattn.errors import InputError
+
+__all__ = ["CutSound", "FileSound", "Sound", "Utterance", "read_utterances"]
+
+
+class Sound(Protocol):
+    """Where the samples of an utterance are; it can be sent to another process."""
+
+    def read(self) -> tuple[Samples, int]:
+        """Mono samples [N] and their rate; InputError when they cannot be had."""
+
+
+@dataclass(frozen=True)
+class FileSound:
+    """An audio file; `duration_s` seconds of it from `offset_s`, or all."""
+
+    path: Path
+    offset_s: float = 0.0
+    duration_s: float | None = None
+
+    def read(self) -> tuple[Samples, int]:
+        """As `Recording` reads it, so that what is damaged or cut off is an error."""
+        recording = open_recording(self.path)
+        samples = np.concatenate(list(recording.blocks()))
+        first = round(self.offset_s * recording.rate)
+        last = len(samples) if self.duration_s is None else first + round(self.duration_s * recording.rate)
+        if first >= last or last > len(samples) + recording.rate // 10:
+            raise InputError(
+                f"{self.path}: {self.offset_s:g} s and {self.duration_s} s behind it are not inside the file"
+            )
+        return samples[first:last], recording.rate
+
+
+@dataclass(frozen=True)
+class CutSound:
+    """A cut of lhotse."""
+
+    cut: Any
+
+    def read(self) -> tuple[Samples, int]:
+        """What lhotse loads, as mono."""
+        try:
+            return to_mono(self.cut.load_audio().T), int(self.cut.sampling_rate)
+        except InputError:
+            raise
+        except Exception as error:  # each backend of lhotse has errors of its own
+            said = (str(error).strip() or type(error).__name__).splitlines()
+            raise InputError(f"{self.cut.id}: {said[-1]}") from error
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line of a manifest; `duration_s` is 0 where the file does not say."""
+
+    id: str
+    text: str
+    duration_s: float
+    sound: Sound
+    speaker: str | None = None
+    translation: str | None = None
+
+
+def read_utterances(path: Path) -> list[Utterance]:
+    """Cuts of lhotse (`NAME_cuts_SPLIT.jsonl.gz`), or JSONL of {audio, text} and, if need be, {id, speaker,
+    translation, offset, duration}; relative paths begin at the manifest's folder.
+
+    InputError names the line that is neither, and ids that are there twice.
+    """
+    found: list[Utterance] = []
+    for number, row in rows(path):
+        where = f"{path}, line {number}"
+        try:
+            found.append(of_cut(row, path.parent) if "supervisions" in row else of_row(row, path.parent, where))
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            raise InputError(f"{where}: not a cut of lhotse and not {{audio, text}} ({error!r})") from error
+    seen: set[str] = set()
+    for utterance in found:
+        if utterance.id in seen:
+            raise InputError(f"{path}: the id {utterance.id} is there twice; give each line an id of its own")
+        seen.add(utterance.id)
+    if not found:
+        raise InputError(f"{path}: no utterances")
+    return found
+
+
+def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and object of each line, plain or in gzip."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise InputError(f"{path}, line {number}: not an object of JSON")
+                    yield number, row
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not JSONL in UTF-8 ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def of_cut(row: dict[str, Any], folder: Path) -> Utterance:
+    """A cut; where it has several supervisions, what is said is that of all in order."""
+    try:
+        from lhotse.serialization import deserialize_item
+    except ImportError as error:
+        raise InputError("cuts of lhotse need lhotse: pip install 'speechattn[train]'") from error
+    cut: Any = deserialize_item(row).with_recording_path_prefix(folder)  # absolute paths stay what they are
+    said = sorted(cut.supervisions, key=lambda supervision: supervision.start)
+    translations = [(supervision.custom or {}).get("translation") for supervision in said]
+    spoken = [str(text) for text in translations if text is not None]
+    speakers = {supervision.speaker for supervision in said if supervision.speaker}
+    return Utterance(
+        str(cut.id), " ".join(supervision.text or "" for supervision in said), float(cut.duration), CutSound(cut),
+        speaker="+".join(sorted(speakers)) or None,
+        translation=" ".join(spoken) if spoken and len(spoken) == len(said) else None,
+    )  # fmt: skip
+
+
+def of_row(row: dict[str, Any], folder: Path, where: str) -> Utterance:
+    """A plain line; `duration` cuts a piece out only where `offset` says from when."""
+    audio, text = row.get("audio", row.get("audio_filepath")), row.get("text")
+    if not isinstance(audio, str) or not isinstance(text, str):
+        raise InputError(f"{where}: wanted audio (a path) and text")
+    path, piece = folder / audio, "offset" in row
+    duration = float(row["duration"]) if row.get("duration") is not None else None
+    sound = FileSound(path, float(row.get("offset", 0)), duration if piece else None)
+    speaker, translation = row.get("speaker"), row.get("translation")
+    return Utterance(
+        str(row.get("id", audio)), text, seconds(path) if duration is None else duration, sound,
+        speaker=None if speaker is None else str(speaker),
+        translation=None if translation is None else str(translation),
+    )  # fmt: skip
+
+
+def seconds(path: Path) -> float:
+    """How long a file says it is; 0 where it cannot be read, which is told when its turn comes."""
+    try:
+        return float(soundfile.info(str(path)).duration)
+    except (OSError, soundfile.LibsndfileError):
+        return 0.0
