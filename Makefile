@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench-live bench-encoder bench-search clean
+.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train clean
 
 demo: .venv/demo
 	$(BIN)/speechattn demo $(FILE) $(ARGS)
@@ -28,6 +28,9 @@ bench-search: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off 'flashlight-text>=0.0.7'
 	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off --no-deps pyctcdecode==0.5.0 pygtrie
 	$(BIN)/python benchmarks/search.py $(ARGS)
+
+bench-train: .venv/dev
+	$(BIN)/python benchmarks/train.py $(ARGS)
 
 # --without-pip and pip's --python: works where Debian's python3-venv is not installed.
 .venv/bin/pip:

@@ -13,7 +13,8 @@ from torch import Tensor
 __all__ = ["Blocks", "Pattern", "Span", "constant", "draw", "visible"]
 
 
-SMALL = 1 << 17  # entries of a table that is worth remembering
+SMALL = 1 << 23  # bytes of a table that is worth remembering
+ROOM = 1 << 26  # bytes of all that one function remembers
 
 
 @runtime_checkable
@@ -138,7 +139,7 @@ class Blocks:
 
 
 def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make each small table once; the last 64 are remembered.
+    """Make each table once: all layers of a batch use it. The last 64 are remembered, as far as they are small.
 
     Not while tracing, whose tensors stand for others, and never as an inference tensor, which no gradient may meet.
     """
@@ -152,8 +153,8 @@ def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
                 found = make(*args)
-            if found.numel() <= SMALL and type(found) is Tensor:
-                while len(remembered) >= 64:
+            if found.nbytes <= SMALL and type(found) is Tensor:
+                while len(remembered) >= 64 or sum(x.nbytes for x in list(remembered.values())) > ROOM - SMALL:
                     remembered.pop(next(iter(remembered)), None)
                 remembered[args] = found
         return found

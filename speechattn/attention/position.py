@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from speechattn.attention.pattern import constant
+from speechattn.linear import eager
 
 __all__ = ["Alibi", "Bucketed", "Position", "Relative", "Rotary"]
 
@@ -40,9 +41,40 @@ def skewed(rows: Tensor, queries: int, keys: int) -> Tensor:
     """
     if queries == 1:
         return rows
+    if rows.requires_grad and torch.is_grad_enabled() and eager(rows):
+        found: Tensor = Skewed.apply(rows, keys)
+        return found
+    return along(rows, queries, keys)
+
+
+def along(rows: Tensor, queries: int, keys: int) -> Tensor:
+    """The view of `skewed`."""
     step = queries + keys - 2
     flat = rows.flatten(-2)[..., queries - 1 : queries - 1 + queries * step]
     return flat.view(*flat.shape[:-1], queries, step)[..., :keys]
+
+
+class Skewed(torch.autograd.Function):
+    """The view of `skewed`, whose gradient is written once; autograd would fill and copy all rows for each slice."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, keys: int) -> Tensor:
+        """rows [..., C, C + W - 1] -> [..., C, W]."""
+        ctx.shape = rows.shape
+        return along(rows, rows.shape[-2], keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Between two rows of the result there are as many zeros as it has rows, less two."""
+        grad, queries = grads[0], ctx.shape[-2]
+        found = grad.new_empty(*ctx.shape[:-2], ctx.shape[-2] * ctx.shape[-1])
+        found[..., : queries - 1] = 0
+        found[..., -1] = 0
+        middle = found[..., queries - 1 : -1]
+        middle = middle.view(*middle.shape[:-1], queries, -1)
+        middle[..., : grad.shape[-1]] = grad
+        middle[..., grad.shape[-1] :] = 0
+        return found.view(ctx.shape), None
 
 
 def distances(queries: range, keys: range) -> range:
@@ -50,11 +82,18 @@ def distances(queries: range, keys: range) -> range:
     return range(queries.stop - 1 - keys.start, queries.start - keys.stop, -1)
 
 
+def numbers(indices: range, device: torch.device) -> Tensor:
+    """The numbers [len(indices)] in float64, made where they are needed, so that nobody waits for a copy."""
+    # MPS has no float64.
+    where = device if device.type != "mps" else torch.device("cpu")
+    return torch.arange(indices.start, indices.stop, indices.step, dtype=torch.float64, device=where)
+
+
 @constant
 def sinusoids(distances: range, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sines at even and cosines at odd places [len(distances), dim] (arXiv 1901.02860)."""
-    at = torch.tensor(list(distances), dtype=torch.float64)
-    rate = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64) * (-log(10000.0) / dim))
+    at = numbers(distances, device)
+    rate = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64, device=at.device) * (-log(10000.0) / dim))
     angle = at[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim].to(device, dtype)
 
@@ -109,8 +148,8 @@ class Relative(Position):
 @constant
 def turns(indices: range, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Cosine and sine of each index and pair of features [2, len(indices), dim / 2]."""
-    rate = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.tensor(list(indices), dtype=torch.float64)[:, None] * rate
+    at = numbers(indices, device)
+    angle = at[:, None] * base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=at.device) / dim)
     return torch.stack([angle.cos(), angle.sin()]).to(device, dtype)
 
 
@@ -166,7 +205,7 @@ class Alibi(Scalar):
 @constant
 def buckets(distances: range, count: int, farthest: int, device: torch.device) -> Tensor:
     """Bucket of each distance: near ones have their own, far ones share, keys ahead use the upper half."""
-    at = torch.tensor(list(distances))
+    at = numbers(distances, device).long()
     half, size = (at < 0).long() * (count // 2), at.abs()
     near = count // 4
     far = near + (size.clamp(min=1).double() / near).log() / log(farthest / near) * (count // 2 - near)

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from speechattn.attention.attend import choose
 from speechattn.attention.pattern import Pattern, Span
 from speechattn.attention.position import Position
 from speechattn.attention.softmax import first_valid
 from speechattn.frames import Frames
-from speechattn.linear import run
+from speechattn.linear import dropped, run
 from speechattn.stream import Buffer, Plan, Planned
 from speechattn.tree import node
 
@@ -195,7 +194,7 @@ class SelfAttention(Spanned):
         backend = choose(q, self.span, self.position, self.backend)
         y = backend(q, k, v, pattern=self.span, valid=valid, position=self.position)
         out = run(self.out, y.transpose(1, 2).reshape(b, frames * self.group, self.dim))
-        return F.dropout(out, self.dropout) if self.training else out
+        return dropped(out, self.dropout) if self.training else out
 
     def _sunk(self, past: Buffer, kept: Buffer, sinks: Buffer) -> Buffer:
         """The first valid frames of the row, as far as they left the history that is kept."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from speechattn.errors import InputError
 
@@ -14,20 +18,44 @@ __all__ = ["add_parser"]
 def add_parser(commands: Any) -> None:
     """Options of the command."""
     parser = commands.add_parser("export", help="training checkpoints to a model folder", allow_abbrev=False)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="several are averaged")
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="several are averaged; with --average the folder of a run"
+    )
     parser.add_argument("folder", metavar="FOLDER", help="where the model is written")
+    parser.add_argument("--average", metavar="last:N|best:N", help="average these checkpoints of a run")
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=None,
+        help="of a training with averaged weights: these (default where there are any), or with --no-ema the last ones",
+    )  # fmt: skip
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="whose classes the model uses")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the folder, and say what is in it."""
-    from speechattn.task.checkpoint import export
+    from speechattn.task.checkpoint import about_of, export, several
+    from speechattn.task.language_model import export_language_model
 
-    folder = Path(options.folder)
+    folder, paths = Path(options.folder), [Path(name) for name in options.checkpoints]
     if folder.suffix == ".ckpt" or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder}: the last argument is the folder to write")
-    model = export([Path(name) for name in options.checkpoints], folder, options.plugin)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{folder}: {count:,} parameters, heads {', '.join(model.heads)}, {model.tokenizer.size} tokens")
+    if options.average is not None:
+        if len(paths) != 1 or not paths[0].is_dir():
+            raise InputError("--average: wanted the folder of one run, and the folder to write")
+        paths = several(paths[0], options.average)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where plugins are
+    told = f"from {', '.join(path.name for path in paths)}"
+    if "network" in about_of(paths[-1])["config"]:
+        network = export_language_model(paths, folder, options.plugin, ema=options.ema)
+        print(f"{folder}: language model, {size(network):,} parameters, {network.vocab} tokens, {told}")
+        return 0
+    model = export(paths, folder, options.plugin, ema=options.ema)
+    heads = ", ".join(model.heads)
+    print(f"{folder}: {size(model):,} parameters, heads {heads}, {model.tokenizer.size} tokens, {told}")
     return 0
+
+
+def size(module: nn.Module) -> int:
+    """How many parameters it has."""
+    return sum(parameter.numel() for parameter in module.parameters())

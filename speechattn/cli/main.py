@@ -15,12 +15,24 @@ __all__ = ["main", "parser"]
 
 def parser() -> argparse.ArgumentParser:
     """All commands; abbreviations of options are not accepted, so that a typo is an error."""
-    from speechattn.cli import align, demo, doctor, export, fit, score, stream, transcribe
+    from speechattn.cli import (
+        align,
+        demo,
+        doctor,
+        evaluate,
+        export,
+        fit,
+        prepare,
+        score,
+        stream,
+        tokenizer,
+        transcribe,
+    )  # fmt: skip
 
     top = argparse.ArgumentParser(prog="speechattn", description="Speech attention that streams.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"speechattn {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (transcribe, stream, align, fit, export, score, demo, doctor):
+    for module in (transcribe, stream, align, prepare, tokenizer, fit, export, evaluate, score, demo, doctor):
         module.add_parser(commands)
     return top
 

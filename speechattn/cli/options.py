@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +44,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--task", choices=("transcribe", "translate"), help="Whisper: translate is to English")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
     group.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    group.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="whose classes the model's config.yaml names"
+    )
     group.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: small models are fastest so)")
 
 
@@ -76,9 +81,12 @@ def build_model(options: argparse.Namespace) -> Recognizer | WhisperModel:
     if options.threads < 1:
         raise InputError(f"--threads {options.threads}: at least 1")
     torch.set_num_threads(options.threads)
+    if options.plugin and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where plugins are
     return load_model(
-        options.model, device=options.device, dtype=options.dtype, language=options.language, task=options.task
-    )
+        options.model, device=options.device, dtype=options.dtype, language=options.language, task=options.task,
+        plugins=options.plugin,
+    )  # fmt: skip
 
 
 def build_session(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from speechattn.cross import Attended
 from speechattn.frames import Memory
+from speechattn.linear import run
 from speechattn.tree import node
 
 __all__ = ["Soft", "SoftState"]
@@ -77,7 +78,7 @@ class Soft(nn.Module):
     def read(self, memory: Memory) -> SoftState:
         """Keys and values of every frame of the memory [B, T, D]."""
         x = memory.frames
-        return SoftState(self._split(self.key(x.values)), self._split(self.value(x.values)), x.mask)
+        return SoftState(self._split(run(self.key, x.values)), self._split(run(self.value, x.values)), x.mask)
 
     def attend(self, query: Tensor, state: SoftState) -> tuple[Attended, SoftState]:
         """`query` [B, U, D] -> what it saw; the state does not change.
@@ -86,11 +87,11 @@ class Soft(nn.Module):
         """
         if len(query) != len(state.mask):
             return self._shared(query, state), state
-        q = self._split(self.query(query)) / sqrt(query.shape[-1] // self.heads)
+        q = self._split(run(self.query, query)) / sqrt(query.shape[-1] // self.heads)
         valid = state.mask[:, None, None]
         scores = (q @ state.key.transpose(-1, -2)).masked_fill(~valid, -torch.inf)
         weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).masked_fill(~valid, 0.0).to(q.dtype)
-        context = self.out((weights @ state.value).transpose(1, 2).flatten(2))
+        context = run(self.out, (weights @ state.value).transpose(1, 2).flatten(2))
         return Attended(context, weights, weights, weights.new_zeros(weights.shape[:3], dtype=torch.bool)), state
 
     def _shared(self, query: Tensor, state: SoftState) -> Attended:

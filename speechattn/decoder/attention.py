@@ -16,6 +16,7 @@ from speechattn.attention.self_attention import AttentionState, SelfAttention
 from speechattn.cross import CrossAttention
 from speechattn.cross.soft import Soft
 from speechattn.frames import Frames, Memory
+from speechattn.linear import dropped, run
 from speechattn.tree import node
 
 __all__ = ["AttentionDecoder", "DecoderState", "Head", "learned", "sinusoids"]
@@ -72,7 +73,7 @@ class DecoderLayer(nn.Module):
         self.dropout = dropout
 
     def _dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        return dropped(x, self.dropout) if self.training else x
 
     def forward(self, x: Tensor, cache: AttentionState, cross: Any) -> tuple[Tensor, Tensor, AttentionState, Any]:
         """`x` [B, U, D] -> the same shape, the alignment [B, H, U, T], and the two states."""
@@ -80,7 +81,7 @@ class DecoderLayer(nn.Module):
         x = x + y.values
         seen, cross = self.cross.attend(self.cross_norm(x), cross)
         x = x + self._dropped(seen.context)
-        return x + self._dropped(self.ff(self.ff_norm(x))), seen.alignment, cache, cross
+        return x + self._dropped(run(self.ff, self.ff_norm(x))), seen.alignment, cache, cross
 
 
 class AttentionDecoder(nn.Module):
@@ -163,13 +164,15 @@ class AttentionDecoder(nn.Module):
 
         Raises ValueError when the row would grow beyond `context` tokens.
         """
-        end = (int(state.length.max()) if len(tokens) else 0) + tokens.shape[1]
+        end = state.cache[0].past.mask.shape[1] + tokens.shape[1]  # at most: known without waiting for a device
+        if end > self.context:
+            end = (int(state.length.max()) if len(tokens) else 0) + tokens.shape[1]
         if end > self.context:
             raise ValueError(f"{end} tokens do not fit into the decoder's context of {self.context}")
         x = self.embed(tokens)
         x = x if self.scale == 1.0 else x * self.scale
         x = x + self.positions[state.length[:, None] + torch.arange(tokens.shape[1], device=x.device)]
-        x = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        x = dropped(x, self.dropout) if self.training else x
         cache, cross = list(state.cache), list(state.cross)
         rows: dict[Head, Tensor] = {}
         for i, layer in enumerate(self.layers):
@@ -183,8 +186,7 @@ class AttentionDecoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden` [..., D] -> unnormalised scores of the next token [..., V]."""
         if self.output is not None:
-            scores: Tensor = self.output(hidden)
-            return scores
+            return run(self.output, hidden)
         return F.linear(hidden, self.embed.weight)
 
     def forced(

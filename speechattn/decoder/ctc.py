@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from speechattn.frames import Frames
+from speechattn.linear import run
 from speechattn.stream import Stream
 
 __all__ = ["CTC", "IntermediateCTC", "SelfConditioned"]
@@ -26,7 +27,7 @@ class CTC(Stream):
         self.blank = blank
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
-        return Frames.of(self.head(x.values).log_softmax(-1), x.mask), state
+        return Frames.of(run(self.head, x.values).log_softmax(-1), x.mask), state
 
     def loss(self, x: Frames, targets: Tensor, target_lengths: Tensor) -> Tensor:
         """Mean over the batch of `losses`; 0 for a batch of none."""

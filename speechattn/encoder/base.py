@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fractions import Fraction
-from math import ceil
 
 from speechattn.attention.position import Position
 from speechattn.frames import Frames
-from speechattn.stream import Serial, Stream, flush
+from speechattn.stream import Serial, Stream
 
 __all__ = ["Encoder", "PositionMaker"]
 
@@ -34,16 +32,11 @@ class Encoder(Serial):
         depth = len(self.layers.members)
         if any(not 0 <= layer < depth for layer in layers):
             raise ValueError(f"layers {list(layers)}: there are 0 to {depth - 1}")
-        x = self.subsample(x)
-        body, seen = self.layers, list[Frames]()
-        plans, delays = [layer.plan() for layer in body.members], body.delays()
-        body.trace(flush(x, body), body.init_state(x), seen)
-        frames, ratio = x.mask.shape[1], Fraction(1)
-        for i, (plan, delay) in enumerate(zip(plans, delays, strict=True)):
-            ratio *= plan.ratio
-            if body.block is not None:
-                seen[i] = seen[i][delay : delay + ceil(frames * ratio)]
-        return self.norm(seen[-1]), [seen[layer] for layer in layers]
+        x, seen = self.subsample(x), list[Frames]()
+        for layer in self.layers.members:
+            x = layer(x)
+            seen.append(x)
+        return self.norm(x), [seen[layer] for layer in layers]
 
 
 def made(position: PositionMaker | None, dim: int, heads: int) -> Position | None:

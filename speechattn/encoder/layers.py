@@ -14,7 +14,7 @@ from speechattn.attention.pattern import Pattern, Span
 from speechattn.attention.position import Position
 from speechattn.attention.self_attention import SelfAttention, Spanned
 from speechattn.frames import Frames
-from speechattn.linear import activated, run
+from speechattn.linear import activated, bare, dropped, linear, plain, product, run
 from speechattn.stream import Buffer, Plan, Pointwise, Residual, Serial, Sliding, Stream
 
 __all__ = ["ChunkDepthwise", "Conv2d", "Depthwise", "Every", "FeedForward", "Half", "Stack", "Subsample", "convolution",
@@ -100,9 +100,61 @@ class Conv2d(Sliding):
     def windows(self, x: Tensor) -> Tensor:
         if x.dim() == 3:  # one channel: a multiplication, whose result has its channels last as the next one wants them
             x = x.unfold(1, self.kernel, self.block or 1).unfold(2, self.kernel, self.block or 1)
-            return F.linear(x.flatten(3), self.conv.weight.flatten(1), self.conv.bias)
-        y: Tensor = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return linear(x.flatten(3), self.conv.weight.flatten(1), self.conv.bias)
+        y: Tensor = convolved(x.permute(0, 3, 1, 2), self.conv).permute(0, 2, 3, 1)
         return y
+
+
+def convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv(x)` of x [B, C, T, F], channels last in memory."""
+    weight = conv.weight
+    if torch.is_grad_enabled() and weight.requires_grad and bare(conv) and plain(x, weight):
+        found: Tensor = Convolution.apply(x, weight, conv.bias, conv.stride)
+        return found
+    y: Tensor = conv(x)
+    return y
+
+
+class Convolution(torch.autograd.Function):
+    """A strided convolution, channels last, and the gradient of its weights as one product for each of their places.
+
+    oneDNN has a convolution for that, too; with channels last it takes more than three times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
+        """x [B, C, T, F], weight [C', C, K, K] -> [B, C', T', F']."""
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x, weight, bias, stride)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """By input, weight and bias; torch's own where these gradients shall have gradients."""
+        (x, weight), wanted, stride = ctx.saved_tensors, ctx.needs_input_grad[:3], ctx.stride
+        ours = wanted[1] and not torch.is_grad_enabled()
+        asked = [wanted[0], False, False] if ours else list(wanted)
+        found = torch.ops.aten.convolution_backward(
+            grads[0], x, weight, weight.shape[:1], stride, (0, 0), (1, 1), False, (0, 0), 1, asked
+        )
+        to_x, to_weight, to_bias = found
+        if ours:
+            to_weight, to_bias = by_place(x, grads[0], weight.shape[2:], stride)
+        return to_x, to_weight, to_bias if wanted[2] else None, None
+
+
+def by_place(x: Tensor, grad: Tensor, kernel: Sequence[int], stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What `grad` [B, C', T', F'] means for the weights [C', C, *kernel] over x [B, C, T, F], and for the bias [C']."""
+    image, ends = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
+    rows = image.new_empty(*ends.shape[:3], image.shape[3])
+    last = [s * (n - 1) + 1 for s, n in zip(stride, ends.shape[1:3], strict=True)]
+    columns = ends.flatten(0, 2).t().contiguous()
+    found = x.new_empty(*kernel, len(columns), image.shape[3])
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            rows.copy_(image[:, i : i + last[0] : stride[0], j : j + last[1] : stride[1]])
+            found[i, j] = product(columns, rows.flatten(0, 2).t(), None, "none")
+    return found.permute(2, 3, 0, 1), columns.sum(1)
 
 
 class Stack(Sliding):
@@ -174,7 +226,7 @@ class FeedForward(nn.Module):
         y = activated(self.widen, self.activation, self.norm(x))
         if not self.training:
             return run(self.narrow, y)
-        return F.dropout(self.narrow(F.dropout(y, self.dropout)), self.dropout)
+        return dropped(run(self.narrow, dropped(y, self.dropout)), self.dropout)
 
 
 def feed_forward(

@@ -18,10 +18,14 @@ from speechattn.frames import Frames
 from speechattn.model.config import build, read_yaml
 from speechattn.model.recognizer import Recognizer
 from speechattn.pretrained.weights import check
+from speechattn.search.language_model import LanguageModel
 from speechattn.stream import Stream
 from speechattn.text.pieces import Pieces
 
-__all__ = ["CONFIG", "WEIGHTS", "from_config", "is_model", "load_folder", "save_model"]
+__all__ = [
+    "CONFIG", "WEIGHTS", "build_language_model", "from_config", "is_model", "load_folder", "load_language_model",
+    "save_language_model", "save_model",
+]  # fmt: skip
 
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
@@ -121,3 +125,45 @@ def save_model(model: Recognizer, path: Path, plugins: Sequence[str] = ()) -> No
     model.tokenizer.save(path)
     with torch.no_grad():
         load_folder(path, plugins)  # what cannot be read again is no model
+
+
+def build_language_model(
+    config: dict[str, Any], *, where: str = CONFIG, plugins: Sequence[str] = ()
+) -> LanguageModel:  # fmt: skip
+    """The `network` of a configuration, without its weights; ModelError for anything else."""
+    if config.keys() != {"format", "network"} or config["format"] != FORMAT:
+        raise ModelError(f"{where}: not a language model: wanted format {FORMAT} and a network, nothing else")
+    network = build(config["network"], f"{where}: network", plugins)
+    if not isinstance(network, LanguageModel):
+        raise ModelError(f"{where}: network: {type(network).__name__} is not a language model")
+    return network
+
+
+def load_language_model(path: Path, plugins: Sequence[str] = ()) -> tuple[LanguageModel, Pieces]:
+    """What `save_language_model` wrote: a model for a `LanguageModelScorer`, and its tokens."""
+    from safetensors.torch import load_model
+
+    config, tokenizer = read_yaml(path / CONFIG), Pieces.load(path)
+    network = build_language_model(config, where=str(path / CONFIG), plugins=plugins)
+    if (network.vocab, network.end) != (tokenizer.size, tokenizer.end):
+        said = f"{network.vocab} tokens, of which {network.end} is the end"
+        raise ModelError(f"{path}: the language model has {said}; the tokenizer has {tokenizer.size}, {tokenizer.end}")
+    try:
+        load_model(network, path / WEIGHTS)
+    except Exception as error:
+        raise ModelError(f"{path / WEIGHTS}: not the weights of this config.yaml ({str(error)[:200]})") from error
+    return network.eval().requires_grad_(False), tokenizer
+
+
+def save_language_model(
+    network: LanguageModel, config: dict[str, Any], tokenizer: Pieces, path: Path, plugins: Sequence[str] = ()
+) -> None:
+    """Write the folder: `config` has its format and the `network` it is built from; a tied weight is there once."""
+    import yaml
+    from safetensors.torch import save_model
+
+    path.mkdir(parents=True, exist_ok=True)
+    (path / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    save_model(network, str(path / WEIGHTS))
+    tokenizer.save(path)
+    load_language_model(path, plugins)  # what cannot be read again is no model

@@ -17,7 +17,7 @@ from speechattn.decoder.transducer import Transducer
 from speechattn.errors import InputError, ModelError
 from speechattn.frames import Frames
 from speechattn.live.transcript import Transcript, transcribe
-from speechattn.model.searches import SEARCHES, possible
+from speechattn.model.searches import SEARCHES, SOURCE, possible
 from speechattn.model.window import WindowRecognizer
 from speechattn.search import Search
 from speechattn.search.phrases import Phrases
@@ -26,7 +26,7 @@ from speechattn.text.pieces import Pieces, spelled
 
 __all__ = ["Recognizer"]
 
-HEADS = {head for kind in SEARCHES.values() for head in kind.needs}
+HEADS = {SOURCE, *(head for kind in SEARCHES.values() for head in kind.needs)}
 WIDEST = 1000  # hypotheses
 SPIKE = 0.1  # a label less probable than this is none (arXiv 2107.07509, section 3)
 
@@ -98,7 +98,7 @@ class Recognizer(nn.Module):
     def search(
         self, kind: str | None = None, *, beam_size: int = 10, phrases: Sequence[str] | None = None, bonus: float = 1.5
     ) -> Search:
-        """A search over encoder frames: `transducer`, `joint` (CTC and attention) or `ctc`; None: what the heads allow.
+        """A search over encoder frames: one of `SEARCHES`; None: the first that the heads allow.
 
         `phrases` are preferred by `bonus`, a log-probability for each token; with an empty list there are none yet,
         and a session can `prefer` some later. InputError for what cannot be done.
@@ -121,9 +121,11 @@ class Recognizer(nn.Module):
         return SEARCHES[kind].make(self.heads, self.tokenizer, beam_size, book)
 
     def blank(self, frames: Frames) -> Tensor:
-        """Where nothing is said [B, T] bool, as the CTC head hears it, or else the transducer."""
-        head = self.heads["ctc" if "ctc" in self.heads else "transducer"]
-        scores = head.begins(frames) if isinstance(head, Transducer) else self.ctc(frames).values
+        """Where nothing is said [B, T] bool, as the CTC head of what is said hears it, or else the transducer."""
+        head = next((self.heads[name] for name in (SOURCE, "ctc", "transducer") if name in self.heads), None)
+        if not isinstance(head, CTC | Transducer):
+            raise InputError(f"no head hears where nobody speaks, as CTC or a transducer does: {', '.join(self.heads)}")
+        scores = head.begins(frames) if isinstance(head, Transducer) else head(frames).values
         best, label = scores.max(-1)
         nothing: Tensor = (label == head.blank) | (best.exp() < SPIKE)
         return nothing

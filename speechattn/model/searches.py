@@ -15,15 +15,19 @@ from speechattn.search.ctc import CTCGreedy, CTCPrefixBeam
 from speechattn.search.ctc_prefix import CTCPrefixScorer
 from speechattn.search.headed import Headed
 from speechattn.search.joint import JointBeam
+from speechattn.search.length import LengthBonus
 from speechattn.search.phrases import Phrases, PhraseScorer
 from speechattn.search.rescoring import Rescored
 from speechattn.search.transducer import TransducerBeam, TransducerGreedy
 from speechattn.search.triggered import TriggeredBeam
 from speechattn.text.pieces import Pieces
 
-__all__ = ["SEARCHES", "Kind", "possible"]
+__all__ = ["SEARCHES", "SOURCE", "Kind", "possible"]
 
+SOURCE = "source"  # a translator's CTC head of what was said: no search says its text
 CTC_WEIGHT = 0.3
+LENGTH_WEIGHT = 0.1  # of a reward for each token, in a beam of more than one; with 0.5 a text may never end
+MOST = 2.0  # tokens for each frame; a translation may be longer than what was said
 SAMPLES = 50
 
 
@@ -91,6 +95,22 @@ class InTwoPasses:
         return Rescored(Headed(heads["ctc"], first), heads["attention"], sos=end, eos=end, weight=1.0)
 
 
+class ByAttention:
+    """Label by label with attention alone, whole utterances: heard live, it waits for the end of each."""
+
+    needs: tuple[str, ...] = ("attention",)
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """With a reward for each token, because sums of log-probabilities prefer short texts."""
+        end = ending(tokenizer)
+        scorers: list[Any] = [(1.0, AttentionScorer(heads["attention"], end, end))]
+        if size > 1:
+            scorers.append((LENGTH_WEIGHT, LengthBonus(tokenizer.size)))
+        if phrases is not None:
+            scorers.append((1.0, PhraseScorer(phrases)))
+        return JointBeam(scorers, size, eos=end, most=MOST, never=sorted(tokenizer.special - {end}))
+
+
 class ByTriggers:
     """Frame by frame: CTC says when, and attention hears little further (arXiv 2001.02674)."""
 
@@ -126,7 +146,7 @@ def ending(tokenizer: Pieces) -> int:
 
 SEARCHES: Mapping[str, Kind] = {
     "transducer": ByTransducer(), "joint": Jointly(), "ctc": ByCTC(), "rescored": InTwoPasses(),
-    "triggered": ByTriggers(), "cass_nat": AtOnce(),
+    "triggered": ByTriggers(), "cass_nat": AtOnce(), "attention": ByAttention(),
 }  # fmt: skip
 
 

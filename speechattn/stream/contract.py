@@ -118,6 +118,10 @@ class Plan(NamedTuple):
     left: int | None
     delay: int  # leading output frames that stand for nothing
 
+    def outputs(self, frames: int) -> int:
+        """Output frames of so many input frames; in integers, which compilers follow."""
+        return -(-frames * self.ratio.numerator // self.ratio.denominator)
+
 
 class Stream(nn.Module):
     """Maps `Frames` to `Frames`; the same function whole or in pieces.
@@ -163,20 +167,29 @@ class Stream(nn.Module):
 
         Where no gradient is asked, a long utterance is read in pieces: memory is bounded, and the law makes it equal.
         """
+        if torch.is_grad_enabled():
+            return self.at_once(x)
         plan = self.plan()
         frames, state = x.mask.shape[1], self.init_state(x)
         if plan.block is None:
             return self.step(x, state)[0]
         x = flush(x, self)
-        total, piece = x.mask.shape[1], ceil(PIECE / plan.block) * plan.block
-        if torch.is_grad_enabled() or plan.left is None or total <= piece:
+        most = PIECE if x.values.dim() > 2 else 64 * PIECE  # a sample is small
+        total, piece = x.mask.shape[1], ceil(most / plan.block) * plan.block
+        if plan.left is None or total <= piece:
             piece = max(total, 1)
         outputs = []
         for at in range(0, max(total, 1), piece):
             y, state = self.step(x[at : at + piece], state)
             outputs.append(y)
         y = outputs[0] if len(outputs) == 1 else Frames.cat(outputs)
-        return y[plan.delay : plan.delay + ceil(frames * plan.ratio)]
+        return y[plan.delay : plan.delay + plan.outputs(frames)]
+
+    def at_once(self, x: Frames) -> Frames:
+        """`forward` in one step; what is made of streams passes the utterance from one to the next, without a state."""
+        plan, frames = self.plan(), x.mask.shape[1]
+        y, _ = self.step(flush(x, self), self.init_state(x))
+        return y if plan.block is None else y[plan.delay : plan.delay + plan.outputs(frames)]
 
     def _spend(self, state: Any) -> Spent:
         """What a whole-utterance stream calls in each step."""

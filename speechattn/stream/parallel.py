@@ -58,10 +58,13 @@ class Parallel(Planned):
             states.append((state, Buffer.empty(y.values, late - member.delay)))
         return tuple(states)
 
+    def at_once(self, x: Frames) -> Frames:
+        return self.combine(self.first(x), self.second(x))
+
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
         if isinstance(state, Spent) or not state:
             spent = self._spend(state)
-            return self.combine(self.first(x), self.second(x)), spent
+            return self.at_once(x), spent
         (a, a_late), (b, b_late) = state
         y, a = self.first.step(x, a)
         y, a_late = delayed(y, a_late)

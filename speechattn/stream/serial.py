@@ -77,26 +77,21 @@ class Serial(Planned):
             x, _ = member.step(x, state)
         return tuple(states)
 
-    def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
-        return self.trace(x, state, None)
+    def at_once(self, x: Frames) -> Frames:
+        for member in self.members:
+            x = member(x)
+        return x
 
-    def trace(self, x: Frames, state: Any, seen: list[Frames] | None) -> tuple[Frames, Any]:
-        """As `step`; what comes out of each member is added to `seen`."""
+    def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
         members = self.members
         if isinstance(state, Spent) or (not state and members):
             spent = self._spend(state)
-            for member in members:
-                x = member(x)
-                if seen is not None:
-                    seen.append(x)
-            return x, spent
+            return self.at_once(x), spent
         states = []
         for member, (gap, before) in zip(members, state, strict=True):
             x, gap = delayed(x, gap)
             x, after = member.step(x, before)
             states.append((gap, after))
-            if seen is not None:
-                seen.append(x)
         return x, tuple(states)
 
 

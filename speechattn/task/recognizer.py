@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch import _dynamo as dynamo
 from torch.optim import AdamW
 
 from speechattn.attention.self_attention import Spanned, set_span
@@ -20,23 +22,26 @@ from speechattn.data.batch import Batch
 from speechattn.encoder import Encoder
 from speechattn.frames import Frames
 from speechattn.model import Recognizer as Model
-from speechattn.stream import Stream
-from speechattn.task.checkpoint import packed, start_from, tokenizer_of
+from speechattn.model.folder import try_out
+from speechattn.stream import Serial, Stream
+from speechattn.task.base import Task, seeded
+from speechattn.task.checkpoint import start_from, tokenizer_of
 from speechattn.task.chunks import Spans
 from speechattn.task.objectives import Heard, Objective, Said
 from speechattn.task.tally import Tally, WordTally, streamed
+from speechattn.text.pieces import Pieces
 
 __all__ = ["Recognizer"]
 
+SPANS = 64  # with each of which the encoder may be compiled
 STATISTICS = 64  # batches from which mean and deviation of the features are estimated
 
 
-class Recognizer(LightningModule):
+class Recognizer(Task):
     """Trains `heads` over `encoder` over `front_end`, each told by `objectives` what was said.
 
     The loss is the sum of weight * loss over objectives and utterances, divided by the tokens of the global batch: two
-    processes do what one does with the same batch. The randomness of a step (dropout, SpecAugment, `spans`) comes from
-    (`seed`, step, rank): a run that was killed and resumed goes on as if it had not been.
+    processes do what one does with the same batch.
 
     Validation decodes with `search` offline and, in the blocks of the encoder's own span, streamed: `wer` and
     `wer_streamed`, and `cer` likewise. `tokenizer` is the folder of its `tokens.txt`.
@@ -47,66 +52,113 @@ class Recognizer(LightningModule):
         objectives: list[Objective], *, sample_rate: int = 16000, language: str | None = None, spaceless: bool = False,
         augment: SpecAugment | None = None, spans: Spans | None = None, optimizer: OptimizerCallable = AdamW,
         scheduler: LRSchedulerCallable | None = None, search: str | None = None, beam_size: int = 1,
-        streamed_batches: int | None = None, seed: int = 0,
+        streamed_batches: int | None = None, seed: int = 0, compile: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(optimizer=optimizer, scheduler=scheduler, seed=seed)
         self.model = Model(
             front_end, encoder, heads, tokenizer_of(tokenizer),
             sample_rate=sample_rate, language=language, spaceless=spaceless,
         )  # fmt: skip
+        try_out(self.model, "model")
         self.objectives: Sequence[Objective] = nn.ModuleList(objectives)  # type: ignore[assignment]
+        names = [objective.name for objective in objectives]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"objectives {', '.join(names) or 'none'}: wanted some, each once")
         for objective in objectives:
             objective.fit(self.model)
+        self.leave_idle()
         self.augment, self.spans = augment, spans
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.search, self.beam_size, self.streamed_batches, self.seed = search, beam_size, streamed_batches, seed
+        self.search, self.beam_size, self.streamed_batches = search, beam_size, streamed_batches
+        self.compiler = compile
         self.own_spans = [(module, module.span) for module in encoder.modules() if isinstance(module, Spanned)]
-        self.tallies: dict[str, Tally] = {}
-        self.config: dict[str, Any] | None = None  # of the model, where it was made from YAML
+        if compile is not None and any(objective.layers for objective in objectives):
+            raise ValueError(f"compile {compile}: not with an objective that looks inside the encoder")
+        if spans is not None and not self.own_spans:
+            raise ValueError(f"spans: {type(encoder).__name__} has nothing that a span governs")
 
-    def init_from(self, path: Path) -> None:
+    @property
+    def spelling(self) -> Pieces:
+        """The tokens of the model."""
+        tokenizer: Pieces = self.model.tokenizer
+        return tokenizer
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """Encoder and heads."""
+        return {"encoder": self.model.encoder, **self.model.heads}
+
+    def leave_idle(self) -> None:
+        """A head that no objective trains stays as it is."""
+        told = {head for objective in self.objectives for head in objective.heads}
+        idle = [name for name in self.model.heads if name not in told]
+        for name in idle:
+            self.model.heads[name].requires_grad_(False)
+        if idle:
+            rank_zero_warn(f"no objective trains the head {', '.join(idle)}: it stays as it is")
+
+    def init_from(self, path: Path, plugins: Sequence[str] = ()) -> None:
         """Start with the weights of a model folder or a checkpoint, as far as they fit."""
-        if kept := start_from(self.model, path):
-            rank_zero_warn(f"not in {path}, or of another shape, and so trained from the beginning: {', '.join(kept)}")
+        if kept := start_from(self.model, path, plugins):
+            parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in kept)
+            rank_zero_warn(f"not in {path}, or of another shape, and so trained from the beginning: {', '.join(parts)}")
 
-    def configure_optimizers(self) -> Any:
-        """The optimizer, and its schedule step by step."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.scheduler is None:
-            return optimizer
-        schedule = self.scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def setup(self, stage: str) -> None:
+        """The front-end stays in float32, also where Lightning is about to round all weights to half precision."""
+        self.exact = {name: tensor.clone() for name, tensor in self.model.front_end.state_dict().items()}
 
     def on_fit_start(self) -> None:
         """Features are normalised by statistics of the training data, unless they are known."""
-        normal = next((m for m in self.model.front_end.modules() if isinstance(m, GlobalCMVN)), None)
+        front = self.model.front_end.float()
+        front.load_state_dict(self.exact)
+        normal = next((m for m in front.modules() if isinstance(m, GlobalCMVN)), None)
         if normal is not None and not known(normal):
             self.estimate(normal)
+        if self.compiler is not None:
+            dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, SPANS)
+            self.model.encoder.compile(backend=self.compiler)
 
     @torch.no_grad()
     def estimate(self, normal: GlobalCMVN) -> None:
-        """Mean and deviation from the first batches, the same in all processes."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        batches = data.first(STATISTICS)
-        found = GlobalCMVN.estimate(self.model.front_end(batch.sound.to(self.device)) for batch in batches)
+        """Mean and deviation over the first batches of all processes, the same in each."""
+        whole = self.model.front_end
+        members = whole.members if isinstance(whole, Serial) else []
+        before = Serial(*members[: members.index(normal)]) if normal in members else whole
+        count = torch.zeros((), dtype=torch.float64)
+
+        def features() -> Iterator[Frames]:
+            for batch in islice(self.trainer.datamodule.train_dataloader(), STATISTICS):  # type: ignore[attr-defined]
+                x = before(batch.to(self.device).sound)
+                count.add_(x.mask.sum().cpu())
+                yield x
+
+        found = GlobalCMVN.estimate(features())
+        if self.trainer.world_size > 1:
+            mean, square = found.mean.double(), found.std.double().square() + found.mean.double().square()
+            sums = count * torch.stack([torch.ones_like(mean), mean, square]).cpu()
+            n, mean, square = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+            mean = mean / n
+            found = GlobalCMVN(mean.float(), (square / n - mean.square()).clamp(min=0).sqrt().float())
         normal.load_state_dict(found.state_dict())
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                callback.setup(self.trainer, self, "fit")  # its copy was made before
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed the step."""
-        done = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        torch.manual_seed(hash((self.seed, done, self.global_rank)) % 2**63)
+        """Seed the step, and draw its span, which all processes see alike."""
         if self.spans is not None:
-            shared = torch.Generator().manual_seed(hash((self.seed, done)) % 2**63)  # all processes see alike
+            shared = torch.Generator().manual_seed(seeded(self.seed, self.begun, 0))
             set_span(self.model.encoder, self.spans.draw(shared))
+        super().on_train_batch_start(batch, batch_idx)
 
     def hear(self, sound: Frames) -> Heard:
         """Samples [B, N] through front-end and encoder."""
-        with torch.no_grad():
+        encoder: Any = self.model.encoder
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             features = self.model.front_end(sound)
+            features = Frames(features.values.to(next(encoder.parameters()).dtype), features.mask)
         if self.augment is not None:
             features = self.augment(features)
         wanted = sorted({layer for objective in self.objectives for layer in objective.layers})
-        encoder: Any = self.model.encoder
         if not wanted:
             return Heard(sound, features, encoder(features))
         frames, layers = encoder.intermediate(features, wanted)
@@ -114,6 +166,9 @@ class Recognizer(LightningModule):
 
     def tokens(self, texts: Sequence[str]) -> Said:
         """What should come out for these texts."""
+        if not texts:
+            nothing = torch.zeros(0, 0, dtype=torch.long, device=self.device)
+            return Said(nothing, nothing.sum(1))
         rows = [torch.tensor(self.model.tokenizer.encode(text), dtype=torch.long) for text in texts]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
@@ -131,10 +186,11 @@ class Recognizer(LightningModule):
         """Texts that validation compares with."""
         return batch.texts
 
-    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Said]:
-        """Of each objective the loss of each utterance [B]."""
+    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Said, Tensor]:
+        """Of each objective the loss of each utterance [B]; and which are `impossible` for one of them [B]."""
         said, heard = self.said(batch), self.hear(batch.sound)
-        return {o.name: o.losses(self.model, heard, said) for o in self.objectives}, said
+        lost = torch.stack([o.impossible(heard, said) for o in self.objectives]).any(0)
+        return {o.name: o.losses(self.model, heard, said) for o in self.objectives}, said, lost
 
     def weighed(self, found: dict[str, Tensor], count: Tensor) -> Tensor:
         """The loss of a step, for each of `count` tokens."""
@@ -143,57 +199,49 @@ class Recognizer(LightningModule):
         return total / count
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of the batch for each token; gradients are averaged over processes, so their number is in it."""
-        found, said = self.losses(batch)
-        count = self.mean(said.lengths.sum())
-        loss = self.weighed(found, count)
-        shown = self.mean(torch.stack([loss.detach(), *(part.detach().sum() / count for part in found.values())]))
-        self.log("train/loss", shown[0], prog_bar=True, batch_size=len(batch.ids))
-        for name, value in zip(found, shown[1:], strict=True):
-            self.log(f"train/{name}", value, batch_size=len(batch.ids))
-        if self.scheduler is not None:
-            self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        return loss
+        """The loss of the batch for each token; gradients are averaged over processes, so their number is in it.
 
-    def mean(self, x: Tensor) -> Tensor:
-        """Over processes."""
-        x = x.to(torch.float32)
-        return x if self.trainer.world_size == 1 else self.trainer.strategy.reduce(x, reduce_op="mean")
+        `train/impossible` is the share of utterances with too few frames for their text.
+        """
+        found, said, lost = self.losses(batch)
+        count = self.mean(said.lengths.sum()).clamp(min=1)
+        loss = self.weighed(found, count)
+        figures = [loss.detach(), lost.float().mean(), *(part.detach().sum() / count for part in found.values())]
+        shown = self.mean(torch.stack(figures))
+        for name, value in zip(("loss", "impossible", *found), shown, strict=True):
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch.ids))
+        return loss
 
     def on_validation_epoch_start(self) -> None:
         """The encoder's own span again: that is the one with which it will stream."""
+        super().on_validation_epoch_start()
         for module, span in self.own_spans:
             module.span = span
-        self.tallies = {}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss, and what is recognised."""
-        name = self.trainer.datamodule.names[dataloader_idx]  # type: ignore[attr-defined]
-        tally = self.tallies.setdefault(name, self.tally())
-        found, said = self.losses(batch)
+        tally = self.counted(dataloader_idx)
+        found, said, _ = self.losses(batch)
         tally.add("loss", float(self.weighed(found, torch.ones((), device=self.device))), int(said.lengths.sum()))
+        with torch.autocast(self.device.type, enabled=False):  # as a session hears
+            self.recognise(batch, tally, live=self.streamed_batches is None or batch_idx < self.streamed_batches)
+
+    def recognise(self, batch: Batch, tally: Tally, *, live: bool) -> None:
+        """Count errors offline and, with `live`, streamed."""
         search = self.model.search(self.search, beam_size=self.beam_size)
-        frames = self.model.listening(batch.sound)
-        tally.compare("", self.references(batch), self.texts(search.decode(frames)))
-        few = self.streamed_batches
-        if self.model.listening.plan().block is not None and (few is None or batch_idx < few):
-            said_live = self.texts(streamed(self.model.listening, search, batch.sound))
-            tally.compare("_streamed", self.references(batch), said_live)
+        tally.compare("", self.references(batch), self.texts(search.decode(self.model.listening(batch.sound))))
+        if live and self.model.listening.plan().block is not None:
+            said = self.texts(streamed(self.model.listening, search, batch.sound))
+            tally.compare("_streamed", self.references(batch), said)
 
     def texts(self, answers: Sequence[Sequence[Any]]) -> list[str]:
         """The best answer of each row as text."""
         return [self.model.tokenizer.decode(row[0].tokens) if row else "" for row in answers]
 
-    def on_validation_epoch_end(self) -> None:
-        """Log all; the bar shows both error rates of the first set."""
-        for i, (name, tally) in enumerate(self.tallies.items()):
-            for key, value in tally.result().items():
-                place = f"valid/{key}" if i == 0 else f"valid/{name}/{key}"
-                self.log(place, value, prog_bar=i == 0 and key.startswith(tally.shown))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint knows its model and its tokens: `speechattn export` needs nothing else."""
-        checkpoint["speechattn"] = packed(self.config, self.model.tokenizer)
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on as if nothing had been."""
+        super().on_load_checkpoint(checkpoint)
+        self.exact = {name: checkpoint["state_dict"][f"model.front_end.{name}"].clone() for name in self.exact}
 
 
 def known(normal: GlobalCMVN) -> bool:

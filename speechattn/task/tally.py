@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import exp
 from typing import Any, Protocol
 
 import jiwer
+import numpy as np
 import torch
 
 from speechattn.frames import Frames
+from speechattn.score.metrics import BLEU, ChrF, Metric
+from speechattn.score.significance import Array
 from speechattn.search import Search
 from speechattn.search.beam import Hypothesis
 from speechattn.stream import Stream, flush
 
-__all__ = ["Tally", "WordTally", "streamed"]
+__all__ = ["Tally", "TextTally", "TranslationTally", "WordTally", "streamed"]
 
 
 class Tally(Protocol):
-    """Sums of a validation set; `shown` is what the names of the figures for the progress bar begin with."""
+    """Sums of a validation set.
+
+    `shown` is what the names of the figures for the progress bar begin with, `best` whether the first of them had
+    better be low (`min`) or high (`max`).
+    """
 
     shown: str
+    best: str
 
     def add(self, name: str, total: float, count: int) -> None:
         """So much more of `name`."""
@@ -34,7 +43,7 @@ class Tally(Protocol):
 class WordTally:
     """Word and character errors."""
 
-    shown = "wer"
+    shown, best = "wer", "min"
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[float, float]] = {}
@@ -46,6 +55,8 @@ class WordTally:
 
     def compare(self, suffix: str, references: Sequence[str], hypotheses: Sequence[str]) -> None:
         """Errors of words and characters; a text without words counts what was said all the same."""
+        for name in ("wer", "cer"):  # also where a process has no texts: all must have the same sums
+            self.add(f"{name}{suffix}", 0, 0)
         for said, heard in zip(references, hypotheses, strict=True):
             self.add(f"wer{suffix}", errors(jiwer.process_words, said, heard, len(heard.split())), len(said.split()))
             self.add(f"cer{suffix}", errors(jiwer.process_characters, said, heard, len(heard)), len(said))
@@ -53,7 +64,48 @@ class WordTally:
     def result(self) -> dict[str, float]:
         """Rates over all processes."""
         names = sorted(self.sums)
-        return dict(zip(names, ratios([self.sums[name] for name in names]), strict=True))
+        total = summed([self.sums[name] for name in names])
+        return {name: over / max(under, 1) for name, (over, under) in zip(names, total, strict=True)}
+
+
+class TextTally(WordTally):
+    """Perplexities: the exponential of a cost for each unit."""
+
+    shown, best = "perplexity", "min"
+
+    def result(self) -> dict[str, float]:
+        """Of each unit, over all processes."""
+        return {name: exp(min(cost, 700.0)) for name, cost in super().result().items()}
+
+
+class TranslationTally:
+    """BLEU and chrF of the whole set, from sums of the utterances' statistics: those of sacrebleu, percent."""
+
+    shown, best = "bleu", "max"
+
+    def __init__(self) -> None:
+        self.rates = WordTally()
+        self.metrics: dict[str, Metric] = {"bleu": BLEU(), "chrf": ChrF()}
+        self.nothing = {name: 0 * metric.stats(["a"], ["a"])[0] for name, metric in self.metrics.items()}
+        self.sums: dict[str, Array] = {}
+
+    def add(self, name: str, total: float, count: int) -> None:
+        """Sums of numerators and denominators."""
+        self.rates.add(name, total, count)
+
+    def compare(self, suffix: str, references: Sequence[str], hypotheses: Sequence[str]) -> None:
+        """Statistics of n-grams."""
+        for name, metric in self.metrics.items():
+            before = self.sums.get(name + suffix, self.nothing[name])
+            self.sums[name + suffix] = before + (metric.stats(references, hypotheses).sum(0) if references else 0)
+
+    def result(self) -> dict[str, float]:
+        """Scores over all processes."""
+        found = self.rates.result()
+        for name in sorted(self.sums):
+            total = np.array(summed([self.sums[name].tolist()]))
+            found[name] = float(self.metrics[name.split("_")[0]].score(total)[0])
+        return found
 
 
 def errors(process: Callable[[str, str], Any], reference: str, hypothesis: str, size: int) -> int:
@@ -64,14 +116,14 @@ def errors(process: Callable[[str, str], Any], reference: str, hypothesis: str, 
     return int(found.substitutions + found.insertions + found.deletions)
 
 
-def ratios(sums: Sequence[tuple[float, float]]) -> list[float]:
-    """Numerators over denominators, each added up over processes."""
-    total = torch.tensor(sums, dtype=torch.float64).reshape(-1, 2)
+def summed(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Each number added up over processes."""
+    total = torch.tensor(rows, dtype=torch.float64)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         place = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
         total = total.to(place)
         torch.distributed.all_reduce(total)
-    return (total[:, 0] / total[:, 1].clamp(min=1)).tolist()
+    return total.tolist()
 
 
 def streamed(listening: Stream, search: Search, sound: Frames, *, least: int = 3200) -> list[list[Hypothesis]]:

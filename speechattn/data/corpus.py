@@ -1,0 +1,157 @@
+"""Cuts manifests -> batches for training, validation and test."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+
+from speechattn.data.augment import Augmentation
+from speechattn.data.batch import Batch
+from speechattn.data.cuts import Manifest
+from speechattn.data.join import Join
+from speechattn.data.loader import Loader, Skipped, Sounds, progress
+from speechattn.data.plan import Plan
+from speechattn.errors import InputError
+from speechattn.text.normal import normaliser
+
+__all__ = ["Corpus"]
+
+Paths = Sequence[str | Path] | Mapping[str, str | Path]
+
+
+class Corpus(LightningDataModule):
+    """Batches of up to `max_seconds` of padded sound for each device.
+
+    `train`: cuts manifests; as a mapping, with the number of times each is heard in an epoch. `valid` and `test`:
+    manifests, by name if a mapping; theirs are whole, unchanged, longest first. Utterances of `train` that are shorter
+    than `shortest_s` or longer than `longest_s` are left out, with a warning; texts pass the text normaliser
+    `normalise` (`speechattn.text.normal`).
+
+    Laws: the batches of an epoch are a function of (manifests, seed, epoch) and not of the number of workers; what
+    is done to an utterance one of (seed, epoch, its id). In an epoch each utterance is heard once, over all devices,
+    each of which makes equally many steps. A checkpoint goes on with the batch after the last one that was trained on.
+    Batches are planned for `shares` devices, by default those that there are; with a multiple of these, fewer devices
+    make the same steps, each with several times `max_seconds`. An augmentation that makes utterances longer is
+    reckoned with at its longest, so that the limit holds; `join` keeps to it, too.
+    """
+
+    def __init__(
+        self, train: Sequence[str | Path] | Mapping[str, int] = (), valid: Paths = (), test: Paths = (), *,
+        max_seconds: float = 200.0, max_utterances: int | None = None, longest_s: float = 20.0, shortest_s: float = 0.1,
+        rate: int = 16000, normalise: str = "none", augment: Sequence[Augmentation] = (), join: Join | None = None,
+        workers: int = 2, seed: int = 0, shares: int | None = None, most_broken: float = 0.05,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.train_paths, self.valid_paths, self.test_paths = repeated(train), named(valid), named(test)
+        self.max_seconds, self.max_utterances = max_seconds, max_utterances
+        self.longest_s, self.shortest_s, self.most_broken = longest_s, shortest_s, most_broken
+        self.join = join
+        self.rate, self.augment, self.workers, self.seed, self.shares = rate, tuple(augment), workers, seed, shares
+        self.normalise = normaliser(normalise)
+
+    @property
+    def valid_names(self) -> tuple[str, ...]:
+        """Names of the validation sets, in the order of the data loaders."""
+        return tuple(self.valid_paths)
+
+    @property
+    def test_names(self) -> tuple[str, ...]:
+        """Names of the test sets, in the order of the data loaders."""
+        return tuple(self.test_paths)
+
+    def setup(self, stage: str) -> None:
+        """Without `valid` nothing is validated."""
+        if self.trainer is not None and not self.valid_paths:
+            self.trainer.limit_val_batches = 0
+
+    def texts(self) -> list[str]:
+        """What is said in the training manifests, normalised: for a tokenizer. No sound is read."""
+        manifest = Manifest.read(list(self.train_paths))
+        return [self.normalise(manifest[i].text) for i in range(len(manifest))]
+
+    def train_dataloader(self) -> Loader[Batch]:
+        """Epoch after epoch, from where the checkpoint says."""
+        if not self.train_paths:
+            raise InputError("no manifest to train on: set `train`")
+        manifest = self.chosen(Manifest.read(list(self.train_paths), list(self.train_paths.values())))
+        stretch = float(np.prod([change.stretch for change in self.augment]))
+        plan = Plan(
+            manifest.durations_s * stretch, self.max_seconds, shares=self.shares or self.world,
+            max_utterances=self.max_utterances, seed=self.seed,
+        )  # fmt: skip
+        limit = int(self.max_seconds * plan.shares // self.world * self.rate)
+        sounds = Sounds(manifest, self.rate, self.normalise, self.augment, self.seed, self.join, limit)
+        return self.loader(sounds, plan, done=progress(self.trainer, len(plan)))
+
+    def val_dataloader(self) -> list[Loader[Batch]]:
+        """One for each of `valid`."""
+        return [self.whole(path) for path in self.valid_paths.values()]
+
+    def test_dataloader(self) -> list[Loader[Batch]]:
+        """One for each of `test`."""
+        return [self.whole(path) for path in self.test_paths.values()]
+
+    def whole(self, path: Path) -> Loader[Batch]:
+        """Every utterance of a manifest as it is, longest first."""
+        manifest = Manifest.read([path])
+        seconds = max(self.max_seconds, float(manifest.durations_s.max(initial=0)))
+        plan = Plan(manifest.durations_s, seconds, shares=self.world, max_utterances=self.max_utterances, seed=None)
+        return self.loader(Sounds(manifest, self.rate, self.normalise), plan)
+
+    def loader(self, sounds: Sounds, plan: Plan, *, done: Callable[[], int] | None = None) -> Loader[Batch]:
+        """The share of this device."""
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        return Loader(
+            sounds, plan, rank=rank, world=self.world, workers=self.workers, pin_memory=torch.cuda.is_available(),
+            done=done, skipped=self.skips(rank),
+        )  # fmt: skip
+
+    def skips(self, rank: int) -> Skipped:
+        """Where utterances that cannot be loaded are listed: in the folder of the log, if there is one."""
+        folder = self.trainer.log_dir if self.trainer is not None and self.trainer.loggers else None
+        if folder is None:
+            return Skipped(most=self.most_broken)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return Skipped(Path(folder) / (f"skipped-{rank}.tsv" if rank else "skipped.tsv"), self.most_broken)
+
+    @property
+    def world(self) -> int:
+        """Devices that train together."""
+        return int(self.trainer.world_size) if self.trainer is not None else 1
+
+    def chosen(self, manifest: Manifest) -> Manifest:
+        """The utterances of a length that can be trained on; a warning names the others."""
+        if self.longest_s > self.max_seconds:
+            raise InputError(f"longest_s={self.longest_s:g} does not fit into max_seconds={self.max_seconds:g}")
+        good = (manifest.durations_s >= self.shortest_s) & (manifest.durations_s <= self.longest_s)
+        if good.all() and len(good):
+            return manifest
+        bad = np.flatnonzero(~good)
+        first = ", ".join(f"{manifest[i].id} ({manifest.durations_s[i]:.2f} s)" for i in bad[:5])
+        said = (
+            f"{len(bad)} of {len(good)} utterances last less than {self.shortest_s:g} s or more than "
+            f"{self.longest_s:g} s: {first}{', ...' if len(bad) > 5 else ''}"
+        )
+        if not good.any():
+            raise InputError(f"nothing to train on: {said}")
+        warnings.warn(f"left out: {said}", stacklevel=2)
+        return manifest.select(np.flatnonzero(good))
+
+
+def repeated(train: Sequence[str | Path] | Mapping[str, int]) -> dict[Path, int]:
+    """Manifests and how often each is heard in an epoch."""
+    if isinstance(train, Mapping):
+        return {Path(path): int(times) for path, times in train.items()}
+    return {Path(path): 1 for path in train}
+
+
+def named(paths: Paths) -> dict[str, Path]:
+    """Manifests by name: that of the file without its endings, where none is given."""
+    if isinstance(paths, Mapping):
+        return {name: Path(path) for name, path in paths.items()}
+    return {Path(path).name.split(".")[0]: Path(path) for path in paths}

@@ -1,0 +1,38 @@
+"""Training of a speech translator: sound, what is said and its translation -> weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from speechattn.data.batch import Batch
+from speechattn.errors import InputError
+from speechattn.task.objectives import Said
+from speechattn.task.recognizer import Recognizer
+from speechattn.task.tally import Tally, TranslationTally
+
+__all__ = ["Translator"]
+
+
+class Translator(Recognizer):
+    """A `Recognizer` whose heads say the translation, but for the CTC head `source`, which says what was said.
+
+    One tokenizer spells both languages. The head `source` is trained by `CTCObjective(head="source")` or by
+    `IntermediateObjective(head="source")` and never gives the output text; a live session hears by it where nobody
+    speaks, and policies count the words that were said. Validation computes `bleu` and `chrf`, and both `_streamed`.
+    """
+
+    def tally(self) -> Tally:
+        """BLEU and chrF."""
+        return TranslationTally()
+
+    def said(self, batch: Batch) -> Said:
+        """The translation, and what was said if a head wants to know it."""
+        said = self.tokens(self.references(batch))
+        return replace(said, source=self.tokens(batch.texts)) if "source" in self.model.heads else said
+
+    def references(self, batch: Batch) -> tuple[str, ...]:
+        """Translations; InputError where there are none."""
+        if batch.translations is None:
+            names = ", ".join(batch.ids[:3])
+            raise InputError(f"a translator learns from translations; not all of {names}, ... have one")
+        return batch.translations
