@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import io
 import json
 import tempfile
@@ -38,6 +37,7 @@ from speechattn.decoder.predictor import TransformerPredictor
 from speechattn.decoder.transducer import Joint, Transducer
 from speechattn.encoder import Conformer, Transformer
 from speechattn.frames import Frames, Memory
+from speechattn.task.command import keep_memory
 
 DIM, HEADS, INNER, KERNEL, VOCAB, DROPOUT = 256, 4, 2048, 15, 500, 0.1
 END = VOCAB - 1
@@ -195,16 +195,6 @@ def steps(report: Report, depth: int, scale: float, times: int) -> None:
     if keep_memory():
         turns(whole, times)
         compared(report, "kept_memory_step", *whole.values(), "malloc keeps what is freed")
-
-
-def keep_memory() -> bool:
-    """Freed memory stays in the process from now on (glibc), so that the next step need not ask for it page by page."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    trim, most_mapped = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX
-    return bool(mallopt(trim, -1) and mallopt(most_mapped, 0))
 
 
 def where(report: Report, side: Side) -> None:

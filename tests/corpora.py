@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
@@ -9,7 +10,17 @@ from zlib import crc32
 import numpy as np
 import soundfile
 
-__all__ = ["ENGLISH", "FOREIGN", "RATE", "make_librispeech", "make_must_c", "murmur", "sentence", "translate"]
+__all__ = [
+    "ENGLISH",
+    "FOREIGN",
+    "RATE",
+    "damaged",
+    "make_librispeech",
+    "make_must_c",
+    "murmur",
+    "sentence",
+    "translate",
+]
 
 RATE = 16000
 
@@ -18,6 +29,12 @@ FOREIGN = {
     "de": "das alte schiff fuhr bei nacht hinaus und niemand sah es gehen nur ein kind",
     "es": "el viejo barco se fue de noche y nadie lo vio salir solo un niño",
 }
+
+
+def damaged(content: bytes) -> bytes:
+    """A gzip file with its data overwritten in the middle, as a bad disk leaves it."""
+    packed = gzip.compress(content)
+    return packed[:10] + b"\xff" * 8 + packed[18:]
 
 
 def sentence(rng: np.random.Generator, shortest: int = 3, longest: int = 9) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from sacrebleu.metrics import BLEU as SacreBLEU
 from speechattn.attention import Span, set_span
 from speechattn.cli import evaluate
 from speechattn.cli.main import parser
+from speechattn.cli.options import add_model_options
 from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.model import Recognizer, load_model
@@ -380,6 +382,8 @@ def test_matplotlib_is_missed_before_the_work(manifest: Path, tmp_path: Path, mo
         ("{", "not JSONL"),
         ('{"supervisions": []}', "line 1: not a cut"),
         ("", "no utterances"),
+        ('{"audio": "a.wav", "text": "a", "offset": -1}', "line 1: offset -1.0 and duration None are no place"),
+        ('{"audio": "a.wav", "text": "a", "offset": 0, "duration": NaN}', "duration nan are no place"),
     ],
 )
 def test_what_is_no_manifest(text: str, words: str, tmp_path: Path) -> None:
@@ -389,6 +393,10 @@ def test_what_is_no_manifest(text: str, words: str, tmp_path: Path) -> None:
         read_utterances(path)
     with pytest.raises(InputError, match="No such file"):
         read_utterances(tmp_path / "none.jsonl.gz")
+    packed = gzip.compress(b'{"audio": "a.wav", "text": "a"}\n' * 99)
+    (tmp_path / "bad.jsonl.gz").write_bytes(packed[:10] + b"\xff" * 8 + packed[18:])
+    with pytest.raises(InputError, match="not JSONL"):
+        read_utterances(tmp_path / "bad.jsonl.gz")
 
 
 def test_a_piece_of_a_file(tmp_path: Path) -> None:
@@ -400,6 +408,28 @@ def test_a_piece_of_a_file(tmp_path: Path) -> None:
     assert (samples * 32768).round().tolist() == list(range(4000, 12000))
     with pytest.raises(InputError, match="not inside the file"):
         FileSound(tmp_path / "a.wav", 0.9, 0.5).read()
+
+
+def test_parts_of_a_long_recording_and_the_text_of_a_mixed_cut(tmp_path: Path) -> None:
+    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+
+    soundfile.write(tmp_path / "a.wav", np.arange(16000) / 32768, 16000, subtype="PCM_16")
+    recording = Recording.from_file(tmp_path / "a.wav", recording_id="r")
+    recording.sources[0].source = "a.wav"
+    pieces = [
+        MonoCut(f"c{n}", n / 4, 0.25, 0, [SupervisionSegment(f"s{n}", "r", 0, 0.25, text=f"word{n}", speaker=f"p{n}")],
+                recording=recording)
+        for n in range(3)
+    ]  # fmt: skip
+    CutSet.from_cuts([*pieces, pieces[2].append(pieces[0])]).to_file(tmp_path / "x_cuts_test.jsonl.gz")
+    found = read_utterances(tmp_path / "x_cuts_test.jsonl.gz")
+    for n, one in enumerate(found[:3]):
+        assert (one.id, one.text, one.speaker, one.duration_s) == (f"c{n}", f"word{n}", f"p{n}", 0.25)
+        assert (one.sound.read()[0] * 32768).round().tolist() == list(range(4000 * n, 4000 * n + 4000))
+    assert (found[3].text, found[3].speaker) == ("word2 word0", "p0+p2")
+    (tmp_path / "a.wav").unlink()
+    with pytest.raises(InputError, match=r"^c0: "):
+        found[0].sound.read()
 
 
 @settings(deadline=None, max_examples=60)
@@ -432,6 +462,7 @@ def test_a_model_of_whole_utterances(manifest: Path, tmp_path: Path, monkeypatch
     assert json.loads((tmp_path / "summary.json").read_text())["WER"]["streamed"] is None
 
 
+@pytest.mark.slow
 def test_whisper_hears_both_ways(
     tiny: WhisperModel, manifest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -469,6 +500,17 @@ def test_phrases_are_preferred_both_ways(manifest: Path, tmp_path: Path, capsys:
     assert {key for key, value in evaluate.settings(given, tmp_path / "out").items() if before[key] != value} == {
         "contents of the hotwords"
     }
+
+
+def test_every_option_that_a_model_needs_is_there(tmp_path: Path) -> None:
+    ours = {name for name in vars(options(["m", "x"])) if name not in ("run", "command")}
+    for command in ("stream", "transcribe"):
+        theirs = parser().parse_args([command, "x.wav"])
+        needed = argparse.ArgumentParser()
+        add_model_options(needed)
+        assert {*vars(needed.parse_args([]))} <= {*vars(theirs)}
+        assert {*vars(needed.parse_args([]))} <= ours
+    assert options(["m", "x", "--plugin", "mine"]).plugin == ["mine"]
 
 
 def test_the_commands_of_the_page_parse() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import struct
@@ -105,3 +106,51 @@ def test_word_ends_fit_the_recordings(fotaq: Path) -> None:
         assert len(ends[line.name]) == len(lag_words(line.text))
         assert ends[line.name] == sorted(ends[line.name])
         assert not ends[line.name] or ends[line.name][-1] <= line.duration_s + 0.02
+
+
+def test_every_clip_has_an_id_of_its_own(tmp_path: Path) -> None:
+    make_game(tmp_path / "queen.1c", [(1, "Hello Joe.*02How are you?")])
+    game = Game(tmp_path / "queen.1c")
+    game.files["*570001P1.SB"] = game.files["570001P1.SB"]  # another file that was recorded for the same words
+    assert [game.utterance(clip).id for clip in game.clips()] == ["TAM1-570001P1"]
+
+
+APT = """#!/bin/sh
+for word in "$@"; do case "$word" in Dir::State=/*|Dir::Cache=/*) ls -d "${word#*=}" >/dev/null || exit 1;;
+Dir::State=*|Dir::Cache=*) echo "List directory /$word is missing" >&2; exit 100;; esac; done
+case "$*" in *download*) touch flight-of-the-amazon-queen_1_all.deb;; esac
+"""
+DPKG = """#!/bin/sh
+test -f "$2" || exit 1
+mkdir -p usr/share/doc/flight-of-the-amazon-queen usr/share/scummvm/flight-of-the-amazon-queen
+echo free > usr/share/doc/flight-of-the-amazon-queen/copyright
+cp "$GAME" usr/share/scummvm/flight-of-the-amazon-queen/queen.1c
+"""
+
+
+def test_a_relative_folder_and_its_manifests_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, program in (("apt-get", APT), ("dpkg-deb", DPKG)):
+        (tmp_path / name).write_text(program)
+        (tmp_path / name).chmod(0o755)
+    make_game(tmp_path / "game", [(1, "Hello Joe.*02How are you?")])
+    monkeypatch.setattr(corpus, "SHA256", hashlib.sha256((tmp_path / "game").read_bytes()).hexdigest())
+    monkeypatch.setenv("GAME", str(tmp_path / "game"))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    old = Path("data/fotaq/package/flight-of-the-amazon-queen_0_all.deb")  # of a run that was killed
+    old.parent.mkdir(parents=True)
+    old.touch()
+    prepare(Path("data/fotaq"), ("test",))
+    assert (tmp_path / "data/fotaq/LICENCE").read_text() == "free\n"
+    assert not Path("data/fotaq/package").exists()
+    monkeypatch.chdir("/")
+    (line,) = read_split(tmp_path / "data/fotaq", "test")
+    assert soundfile.info(line.path).samplerate == 16000
+    path = tmp_path / "data/fotaq/fotaq_cuts_test.jsonl.gz"
+    said = gzip.decompress(path.read_bytes()).replace(f"{tmp_path}/data/fotaq/".encode(), b"")
+    path.write_bytes(gzip.compress(said))  # paths relative to the manifest
+    (tmp_path / "data").rename(tmp_path / "moved")
+    (line,) = read_split(tmp_path / "moved/fotaq", "test")
+    assert soundfile.info(line.path).samplerate == 16000
+    monkeypatch.setattr(corpus, "fetch", lambda folder: pytest.fail("prepared already"))
+    prepare(tmp_path / "moved/fotaq", ("test",))

@@ -104,13 +104,27 @@ def test_a_folder_holds_the_model(folder: Path) -> None:
         ({key: value for key, value in CONFIG.items() if key != "encoder"}, "encoder missing"),
         (changed(encoder={"class_path": "os.system", "init_args": {"command": "true"}}), r"os\.system is no module"),
         (changed(encoder={"class_path": "speechattn.cli.main", "init_args": {}}), "is no module"),
-        (changed(encoder={"class_path": "speechattn.model.config.import_module", "init_args": {"name": "os"}}), "is no module"),
-        (changed(encoder={"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}), "not a stream"),
         (
-            changed(encoder={"class_path": "speechattn.encoder.Conformer", "init_args": {"mels": 12, "span": SPAN, "sapn": 1}}),
+            changed(encoder={"class_path": "speechattn.model.config.import_module", "init_args": {"name": "os"}}),
+            "is no module",
+        ),
+        (
+            changed(encoder={"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}),
+            "not a stream",
+        ),
+        (
+            changed(
+                encoder={
+                    "class_path": "speechattn.encoder.Conformer",
+                    "init_args": {"mels": 12, "span": SPAN, "sapn": 1},
+                }
+            ),
             "sapn",
         ),
-        (changed(encoder={"class_path": "speechattn.encoder.Conformer", "init_arg": {}}), "init_arg: a part has a class_path"),
+        (
+            changed(encoder={"class_path": "speechattn.encoder.Conformer", "init_arg": {}}),
+            "init_arg: a part has a class_path",
+        ),
         (changed(heads={"crc": CONFIG["heads"]["ctc"]}), "crc"),
         (changed(heads={"ctc": "hello"}), "heads"),
         (changed(heads={1: CONFIG["heads"]["ctc"]}), "1"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from corpora import make_librispeech, make_must_c, murmur
+from corpora import damaged, make_librispeech, make_must_c, murmur
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -319,3 +319,53 @@ def test_must_c_with_broken_lines(tmp_path: Path) -> None:
     (text / "dev.yaml").write_text("- {wav: [}")
     with pytest.raises(InputError, match="not YAML"):
         must_c.prepare(tmp_path, tmp_path / "other", "de", ["dev"])
+
+
+def test_a_damaged_manifest_counts_as_nothing(tmp_path: Path) -> None:
+    write_manifests(tmp_path, "toy", "dev", [Utterance("a", tone(1), "one", "me", "en")])
+    assert prepared(tmp_path, "toy", "dev") is not None
+    path = manifest_path(tmp_path, "toy", "cuts", "dev")
+    for content in (damaged(gzip.decompress(path.read_bytes())), gzip.compress(b"[]\n")):
+        path.write_bytes(content)
+        assert prepared(tmp_path, "toy", "dev") is None
+
+
+def test_a_long_id_gives_a_file_that_can_be_written(tmp_path: Path) -> None:
+    names = [
+        "запись " * 12 + end for end in ("один", "два")
+    ]  # more than 255 bytes, once they are spelled for any system
+    written = write_manifests(tmp_path, "toy", "dev", [Utterance(name, tone(1), "one", "me", "ru") for name in names])
+    assert written.utterances == 2
+    found = rows(tmp_path, "toy", "cuts", "dev")
+    assert [row["id"] for row in found] == names
+    assert len({row["recording"]["sources"][0]["source"] for row in found}) == 2
+
+
+def test_times_that_are_not_in_the_recording_are_no_part_of_it(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "x.wav", tone(2)(), RATE)
+    soundfile.write(tmp_path / "y.wav", tone(2)(), 8000)
+    for name in ("x", "y"):
+        seconds = soundfile.info(tmp_path / f"{name}.wav").duration
+        some = [
+            Utterance(
+                f"{late}", tmp_path / f"{name}.wav", "one", "me", "en", start_s=1.0, duration_s=seconds - 1 + late
+            )
+            for late in (0.0, 0.9, 1.1, 60.0)
+        ]
+        write_manifests(tmp_path, name, "dev", some)
+        found = {row["id"]: row["duration"] for row in rows(tmp_path, name, "cuts", "dev")}
+        assert found == {"0.0": seconds - 1, "0.9": seconds - 1}
+        assert f"{seconds + 59:.2f} s long, but the recording has" in skipped(tmp_path, name, "dev")["60.0"]
+
+
+@pytest.mark.parametrize("bad", ["LibriSpeech/dev-clean-2/200/2000/200-2000.trans.txt", "en-es/data/dev/txt/dev.es"])
+def test_transcripts_that_are_no_text_are_named(bad: str, tmp_path: Path) -> None:
+    make_librispeech(tmp_path)
+    make_must_c(tmp_path, "es")
+    (tmp_path / bad).write_bytes(b"\xff")
+    prepare = {
+        "L": lambda: librispeech.prepare(tmp_path, tmp_path / "out", ["dev-clean-2"]),
+        "e": lambda: must_c.prepare(tmp_path, tmp_path / "out", "es", ["dev"]),
+    }[bad[0]]
+    with pytest.raises(InputError, match="not UTF-8 text"):
+        prepare()

@@ -16,6 +16,7 @@ from speechattn.data.prepare.folder import parse_shares, prepare, split_of
 from speechattn.data.prepare.manifests import manifest_path
 from speechattn.data.prepare.transcripts import Entry, read_transcripts
 from speechattn.errors import InputError
+from speechattn.score.utterances import read_utterances
 
 
 @pytest.fixture
@@ -186,3 +187,54 @@ def test_what_does_not_go_together(audio: Path, tmp_path: Path) -> None:
     for words in (["dev"], ["dev=x"], ["=0.1"], ["dev=1"], ["train=0.5"], ["dev=0.6", "test=0.4"]):
         with pytest.raises(InputError, match="share"):
             parse_shares(words)
+
+
+def test_line_ends_inside_of_texts_and_marks_of_other_programs(tmp_path: Path) -> None:
+    line = json.dumps({"audio": "a.wav", "text": "one\u2028two"}, ensure_ascii=False)
+    (one,) = read_transcripts(write(tmp_path / "x.jsonl", f"\ufeff{line}\n"))
+    assert one.text == "one\u2028two"
+    write(tmp_path / "k/wav.scp", "\ufeffu1 a.wav\n")
+    (one,) = read_transcripts(write(tmp_path / "k/text", "\ufeffu1 one\x85two\n"))
+    assert (one.id, one.audio, one.text) == ("u1", "a.wav", "one\x85two")
+
+
+def test_columns_by_any_case_and_the_better_of_two() -> None:
+    assert known_names("Path\tSentence\na.wav\tx\n", "x.tsv") == [Entry("a", "a.wav", "x")]
+    (one,) = known_names('{"text": "said", "transcript": "other", "audio": "a.wav", "file": "b.wav"}\n', "x.jsonl")
+    assert (one.audio, one.text) == ("a.wav", "said")
+
+
+def test_kaldi_ends_at_minus_one_only(audio: Path, tmp_path: Path) -> None:
+    write(tmp_path / "k/wav.scp", "r a.wav\n")
+    write(tmp_path / "k/text", "u1 whole\nu2 nothing\nu3 backwards\n")
+    write(tmp_path / "k/segments", "u1 r 0.5 -1\nu2 r 0 0\nu3 r 1 0.5\n")
+    prepare(audio, tmp_path / "out", tmp_path / "k")
+    assert [(cut["id"], cut["start"], cut["duration"]) for cut in cuts(tmp_path / "out")] == [("u1", 0.5, 1.5)]
+
+
+def test_a_part_that_nobody_falls_into_is_said_before_anything_is_written(audio: Path, tmp_path: Path) -> None:
+    lines = [f"u{n}\ta.wav\tword\tme" for n in range(40)]
+    table = write(tmp_path / "all.tsv", "\n".join(["id\tpath\ttext\tspeaker", *lines]))
+    shares = {"dev": 0.2, "test": 0.2}
+    with pytest.raises(InputError, match="there are 1 speakers to share out by chance; take --split-by utterance"):
+        prepare(audio, tmp_path / "out", table, shares=shares)
+    assert not (tmp_path / "out").exists()
+    assert sorted(prepare(audio, tmp_path / "out", table, shares=shares, split_by="utterance")) == [
+        "dev", "test", "train",
+    ]  # fmt: skip
+    other = write(tmp_path / "two.tsv", "a.wav\tone\nb/a.flac\ttwo\n")
+    with pytest.raises(InputError, match="no utterance falls into test: there are 2 utterances"):
+        prepare(audio, tmp_path / "out", other, shares={"test": 0.001})
+    with pytest.raises(InputError, match="--split-by speaker: a has no speaker"):
+        prepare(audio, tmp_path / "out", other, split_by="speaker")
+
+
+def test_relative_folders_and_another_working_folder(
+    audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "all.tsv", "a.wav\tone\nc.wav\ttwo\n")
+    monkeypatch.chdir(tmp_path)
+    prepare(Path("audio"), Path("out"), Path("all.tsv"))
+    monkeypatch.chdir("/")
+    for one in read_utterances(manifest_path(tmp_path / "out", "own", "cuts", "train")):
+        assert len(one.sound.read()[0]) == 32000

@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
-@pytest.mark.parametrize("name", ["flite:slt", "espeak:en-us+f3", "piper"])
+@pytest.mark.parametrize("name", ["flite:slt", "espeak:en-us+f3", pytest.param("piper", marks=pytest.mark.slow)])
 def test_real_voices_speak_at_16_khz_and_faster_is_shorter(name: str) -> None:
     try:
         (voice,) = parse_cast([name]).voices
@@ -345,7 +345,7 @@ def test_the_command_prints_what_is_there(tmp_path: Path, capsys: pytest.Capture
     assert len(said) == 4
     assert "12 utterances" in said[0]
     assert said[0].endswith("the published part has 1089")
-    assert said[1].startswith("must_c_en-es dev: 8 utterances, 0.00 h: ")
+    assert said[1].startswith("must_c_en-es dev: 8 utterances, 0.2 min: ")
     assert "1 left out, see" in said[3]
     for line in said:
         assert Path(line.split(": ")[2].split(";")[0]).is_file()

@@ -255,3 +255,13 @@ def test_the_command_prints_what_a_figure_must_state(capsys: pytest.CaptureFixtu
 def test_what_cannot_be_scored(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("files")
+def test_other_line_ends_do_not_shift_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.txt").write_text("\ufeffthe\u2028cat\nsat\x0cdown\n", "utf-8")
+    Path("b.txt").write_text("the cat\nsat down\n")
+    assert main(["score", "wer", "a.txt", "b.txt", "--normaliser", "none", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rate"], found["utterances"]) == (0, 2)
+    assert main(["score", "bleu", "b.txt", "a.txt", "--json"]) == 0

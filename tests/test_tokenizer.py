@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
+from corpora import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -401,11 +402,14 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     text.write_text("a b\n", encoding="utf-8")
     latin.write_bytes(b"\xe4\n")
     broken.write_bytes(b"nothing")
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(damaged(b'{"id": "a"}\n' * 99))
     for arguments, said in (
         (("char", tmp_path / "none.txt"), r"none.txt: No such file"),
         (("char", tmp_path / "none.jsonl.gz"), r"none.jsonl.gz: No such file"),
         (("char", tmp_path), "Is a directory"),
         (("char", latin), "latin.txt: not UTF-8 text"),
+        (("char", torn), "torn.jsonl.gz: not a lhotse manifest"),
         (("char", broken), "cuts.jsonl.gz: not a lhotse manifest"),
         (("bpe", text, "--vocab-size", 3), "--vocab-size 3: wanted at least 4"),
         (("bpe", text, "--vocab-size", 30), "too large for this text: it gives at most"),

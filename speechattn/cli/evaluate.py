@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from speechattn.cli.options import add_session_options, build_model, build_session, folder
+from speechattn.cli.options import add_running_options, add_session_options, build_model, build_session, folder
 from speechattn.errors import InputError
 from speechattn.live.session import Session
 from speechattn.live.streaming import Streaming
@@ -53,12 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-seconds", type=float, default=60.0, metavar="S", help="offline batches (default 60)")
     parser.add_argument("--chunk", type=float, default=0.1, metavar="S", help="live sound comes so (default 0.1 s)")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    group = parser.add_argument_group("model")
-    group.add_argument("--language", help="code such as en or de (multilingual models; without it: detected)")
-    group.add_argument("--task", choices=("transcribe", "translate"), help="Whisper: translate is to English")
-    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
-    group.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    group.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default 1)")
+    add_running_options(parser.add_argument_group("model"))
     add_session_options(parser)
     parser.set_defaults(run=run)
 

@@ -33,12 +33,14 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the folder, and say what is in it."""
-    from speechattn.task.checkpoint import about_of, export, several
+    from speechattn.task.checkpoint import CHECKPOINTS, about_of, export, several
     from speechattn.task.language_model import export_language_model
 
     folder, paths = Path(options.folder), [Path(name) for name in options.checkpoints]
     if folder.suffix == ".ckpt" or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder}: the last argument is the folder to write")
+    if (folder / CHECKPOINTS).is_dir():
+        raise InputError(f"{folder}: the folder of a training; a model needs one of its own")
     if options.average is not None:
         if len(paths) != 1 or not paths[0].is_dir():
             raise InputError("--average: wanted the folder of one run, and the folder to write")

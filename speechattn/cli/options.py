@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,9 @@ from speechattn.policy.local_agreement import LocalAgreement
 from speechattn.pretrained.whisper import WhisperModel
 from speechattn.pretrained.whisper.load import FRAME_THRESHOLD
 
-__all__ = ["add_model_options", "add_session_options", "build_model", "build_session", "resolved"]
+__all__ = [
+    "add_model_options", "add_running_options", "add_session_options", "build_model", "build_session", "resolved",
+]  # fmt: skip
 
 NEVER_S = 1e9
 POLICIES = ("alignatt", "alignatt-fbk", "local-agreement")
@@ -40,6 +43,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", default="tiny.en", help="name or path: a model folder, OpenAI .pt, Hugging Face or CTranslate2"
     )
+    add_running_options(group)
+
+
+def add_running_options(group: Any) -> None:
+    """What `build_model` needs besides a model's name."""
     group.add_argument("--language", help="code such as en or de (multilingual models; without it: detected)")
     group.add_argument("--task", choices=("transcribe", "translate"), help="Whisper: translate is to English")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")

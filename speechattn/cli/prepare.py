@@ -8,6 +8,7 @@ from typing import Any
 
 from speechattn.data.prepare.manifests import manifest_path, prepared
 from speechattn.data.prepare.sound import AUDIO_FORMATS
+from speechattn.data.prepare.transcripts import read_lines
 from speechattn.errors import InputError
 
 __all__ = ["add_parser"]
@@ -139,6 +140,7 @@ def add_folder(corpora: Any) -> None:
         "--split-share", type=words, default=[], metavar="SHARES",
         help="such as dev=0.05,test=0.1: by speaker where all have one, else by utterance (default: all is train)",
     )  # fmt: skip
+    parser.add_argument("--split-by", choices=("speaker", "utterance"), help="what is kept together, where it matters")
     parser.add_argument("--name", default="own", help="name of the corpus (default own)")
     parser.add_argument("--language", default="en", help="spoken, where the file does not say (default en)")
     parser.add_argument("--translation-language", metavar="CODE", help="of translations, where the file has some")
@@ -153,7 +155,7 @@ def run_folder(options: argparse.Namespace) -> int:
     splits = folder.prepare(
         options.audio, options.folder, options.transcripts, name=options.name, language=options.language,
         translation_language=options.translation_language, shares=folder.parse_shares(options.split_share),
-        audio_format=options.audio_format,
+        split_by=options.split_by, audio_format=options.audio_format,
     )  # fmt: skip
     for split in splits:
         report(options.folder, options.name, split)
@@ -204,16 +206,6 @@ def run_synthetic(options: argparse.Namespace) -> int:
     return 0
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; InputError when it is none."""
-    try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text") from error
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-
-
 def report(folder: Path, name: str, split: str, *, expected: int | None = None) -> None:
     """One line of what is there, and where."""
     written = prepared(folder, name, split)
@@ -221,4 +213,9 @@ def report(folder: Path, name: str, split: str, *, expected: int | None = None) 
     cuts, skipped = (manifest_path(folder, name, kind, split) for kind in ("cuts", "skipped"))
     left = f"; {written.skipped} left out, see {skipped}" if written.skipped else ""
     lacking = f"; the published part has {expected}" if expected not in (None, written.utterances) else ""
-    print(f"{name} {split}: {written.utterances} utterances, {written.hours:.2f} h: {cuts}{left}{lacking}")
+    print(f"{name} {split}: {written.utterances} utterances, {length(written.hours)}: {cuts}{left}{lacking}")
+
+
+def length(hours: float) -> str:
+    """In hours, or in minutes where that says more."""
+    return f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"

@@ -57,17 +57,22 @@ def texts(parser: Any, *, hypothesis: str) -> None:
 def read_text(name: str) -> str:
     """A text file; InputError when it is none."""
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return Path(name).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text") from error
     except OSError as error:
         raise InputError(f"{name}: {error.strerror or error}") from error
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a file; other line ends of Unicode may stand inside of them."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def read_events(name: str) -> list[Event]:
     """An event log; InputError names the line that is none."""
     events = []
-    for number, line in enumerate(read_text(name).splitlines(), 1):
+    for number, line in enumerate(lines_of(read_text(name)), 1):
         try:
             events.append(Event.from_json(line))
         except (ValueError, TypeError, KeyError) as error:
@@ -79,8 +84,8 @@ def read_pairs(reference: str, hypothesis: str) -> tuple[list[str], list[str]]:
     """Line against line; an event log counts as one utterance, and so does the whole reference then."""
     wanted, said = read_text(reference), read_text(hypothesis)
     if said.lstrip().startswith("{"):
-        return [" ".join(wanted.splitlines())], ["".join(event.committed for event in read_events(hypothesis))]
-    return paired(reference, wanted.splitlines(), hypothesis, said.splitlines())
+        return [" ".join(lines_of(wanted))], ["".join(event.committed for event in read_events(hypothesis))]
+    return paired(reference, lines_of(wanted), hypothesis, lines_of(said))
 
 
 def paired(reference: str, wanted: list[str], hypothesis: str, said: list[str]) -> tuple[list[str], list[str]]:
@@ -116,9 +121,9 @@ def run_wer(options: argparse.Namespace) -> int:
 
 def run_bleu(options: argparse.Namespace) -> int:
     """BLEU and chrF of one system, or of two and their differences."""
-    wanted = read_text(options.reference).splitlines()
+    wanted = lines_of(read_text(options.reference))
     names = [options.hypothesis, *([options.against] if options.against is not None else [])]
-    systems = [paired(options.reference, wanted, name, read_text(name).splitlines())[1] for name in names]
+    systems = [paired(options.reference, wanted, name, lines_of(read_text(name)))[1] for name in names]
     found = {}
     for how in judges(options):
         stats = [how.stats(wanted, said) for said in systems]
@@ -158,7 +163,7 @@ def run_latency(options: argparse.Namespace) -> int:
     events = read_events(options.log)
     if options.words:
         try:
-            heard = [Heard(**json.loads(line)) for line in read_text(options.words).splitlines()]
+            heard = [Heard(**json.loads(line)) for line in lines_of(read_text(options.words))]
         except (ValueError, TypeError) as error:
             raise InputError(f"{options.words}: not word ends ({error})") from error
         lag = measure_lag(events, heard)

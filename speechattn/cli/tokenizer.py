@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import or_
@@ -122,7 +123,9 @@ def read_supervisions(name: str) -> Iterator[Any]:
     try:
         for item in load_manifest_lazy(name):
             yield from [item] if hasattr(item, "text") else item.supervisions
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, EOFError, gzip.BadGzipFile) as error:
+    except (
+        ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, gzip.BadGzipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise InputError(f"{name}: not a lhotse manifest of cuts or supervisions ({str(error)[:100]})") from error
 
 

@@ -14,7 +14,7 @@ from speechattn.data.augment import Augmentation
 from speechattn.data.batch import Batch
 from speechattn.data.cuts import Manifest
 from speechattn.data.join import Join
-from speechattn.data.loader import Loader, Skipped, Sounds, progress
+from speechattn.data.loader import Check, Loader, Skipped, Sounds, progress
 from speechattn.data.plan import Plan
 from speechattn.errors import InputError
 from speechattn.text.normal import normaliser
@@ -47,12 +47,16 @@ class Corpus(LightningDataModule):
         workers: int = 2, seed: int = 0, shares: int | None = None, most_broken: float = 0.05,
     ) -> None:  # fmt: skip
         super().__init__()
+        if min(workers, seed) < 0 or rate < 1 or max_seconds <= 0:
+            raise ValueError(f"workers {workers}, seed {seed}, rate {rate}, max_seconds {max_seconds:g}: wanted 0 or "
+                             "more, 0 or more, 1 or more, more than 0")  # fmt: skip
         self.train_paths, self.valid_paths, self.test_paths = repeated(train), named(valid), named(test)
         self.max_seconds, self.max_utterances = max_seconds, max_utterances
         self.longest_s, self.shortest_s, self.most_broken = longest_s, shortest_s, most_broken
         self.join = join
         self.rate, self.augment, self.workers, self.seed, self.shares = rate, tuple(augment), workers, seed, shares
         self.normalise = normaliser(normalise)
+        self.check: Check | None = None
 
     @property
     def valid_names(self) -> tuple[str, ...]:
@@ -84,8 +88,8 @@ class Corpus(LightningDataModule):
             manifest.durations_s * stretch, self.max_seconds, shares=self.shares or self.world,
             max_utterances=self.max_utterances, seed=self.seed,
         )  # fmt: skip
-        limit = int(self.max_seconds * plan.shares // self.world * self.rate)
-        sounds = Sounds(manifest, self.rate, self.normalise, self.augment, self.seed, self.join, limit)
+        limit = int(self.max_seconds * self.rate) * plan.shares // self.world
+        sounds = Sounds(manifest, self.rate, self.normalise, self.augment, self.seed, self.join, limit, self.check)
         return self.loader(sounds, plan, done=progress(self.trainer, len(plan)))
 
     def val_dataloader(self) -> list[Loader[Batch]]:
@@ -98,10 +102,31 @@ class Corpus(LightningDataModule):
 
     def whole(self, path: Path) -> Loader[Batch]:
         """Every utterance of a manifest as it is, longest first."""
-        manifest = Manifest.read([path])
+        manifest = self.checked(Manifest.read([path]), path)
         seconds = max(self.max_seconds, float(manifest.durations_s.max(initial=0)))
         plan = Plan(manifest.durations_s, seconds, shares=self.world, max_utterances=self.max_utterances, seed=None)
         return self.loader(Sounds(manifest, self.rate, self.normalise), plan)
+
+    def checked(self, manifest: Manifest, path: Path) -> Manifest:
+        """Those whose texts the task can use, asked before the training begins; a warning names the others."""
+        sounds, odd = Sounds(manifest, self.rate, self.normalise), dict[int, str]()
+        for row in range(len(manifest)) if self.check is not None else ():
+            try:
+                utterance = manifest[row]
+            except InputError:
+                continue  # will be skipped like one without sound
+            try:
+                self.check(self.normalise(utterance.text), sounds.translation(utterance))  # type: ignore[misc]
+            except InputError as error:
+                odd[row] = f"{utterance.id} ({error})"
+        first = f"{'; '.join([*odd.values()][:3])}{'; ...' if len(odd) > 3 else ''}"
+        said = f"{path}: {len(odd)} of {len(manifest)} utterances cannot be judged: {first}"
+        if len(odd) == len(manifest):
+            raise InputError(said if odd else f"{path}: no utterance in it")
+        if odd:
+            warnings.warn(f"left out: {said}", stacklevel=2)
+            return manifest.select(np.array([row for row in range(len(manifest)) if row not in odd]))
+        return manifest
 
     def loader(self, sounds: Sounds, plan: Plan, *, done: Callable[[], int] | None = None) -> Loader[Batch]:
         """The share of this device."""
@@ -129,7 +154,7 @@ class Corpus(LightningDataModule):
         if self.longest_s > self.max_seconds:
             raise InputError(f"longest_s={self.longest_s:g} does not fit into max_seconds={self.max_seconds:g}")
         good = (manifest.durations_s >= self.shortest_s) & (manifest.durations_s <= self.longest_s)
-        if good.all() and len(good):
+        if len(good) and good.all():
             return manifest
         bad = np.flatnonzero(~good)
         first = ", ".join(f"{manifest[i].id} ({manifest.durations_s[i]:.2f} s)" for i in bad[:5])
@@ -137,6 +162,8 @@ class Corpus(LightningDataModule):
             f"{len(bad)} of {len(good)} utterances last less than {self.shortest_s:g} s or more than "
             f"{self.longest_s:g} s: {first}{', ...' if len(bad) > 5 else ''}"
         )
+        if not len(good):
+            raise InputError(f"nothing to train on: no utterance in {', '.join(map(str, self.train_paths))}")
         if not good.any():
             raise InputError(f"nothing to train on: {said}")
         warnings.warn(f"left out: {said}", stacklevel=2)
@@ -147,6 +174,8 @@ def repeated(train: Sequence[str | Path] | Mapping[str, int]) -> dict[Path, int]
     """Manifests and how often each is heard in an epoch."""
     if isinstance(train, Mapping):
         return {Path(path): int(times) for path, times in train.items()}
+    if len({*map(str, train)}) < len(train):
+        raise InputError("a manifest is there twice in `train`: {path: 2} hears it twice")
     return {Path(path): 1 for path in train}
 
 
@@ -154,4 +183,7 @@ def named(paths: Paths) -> dict[str, Path]:
     """Manifests by name: that of the file without its endings, where none is given."""
     if isinstance(paths, Mapping):
         return {name: Path(path) for name, path in paths.items()}
-    return {Path(path).name.split(".")[0]: Path(path) for path in paths}
+    found = {Path(path).name.split(".")[0]: Path(path) for path in paths}
+    if len(found) < len(paths):
+        raise InputError(f"manifests of the same name: {', '.join(map(str, paths))}: wanted {{name: path, ...}}")
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,13 +115,13 @@ def read_cuts(path: Path) -> Iterable[tuple[bytes, dict[str, Any], float]]:
     odd: list[str] = []
     try:
         for number, (line, row) in enumerate(read_shar(path) if path.is_dir() else read_rows(path), 1):
-            if not isinstance(row, dict) or "id" not in row or "type" not in row:
+            if not isinstance(row, dict) or not isinstance(row.get("id"), str) or "type" not in row:
                 raise InputError(f"{path}, line {number}: not a cut of lhotse")
             if "tracks" in row or len(row.get("supervisions") or ()) == 1:
                 yield line, row, row_seconds(row)
             else:
                 odd.append(row["id"])
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, LookupError, zlib.error) as error:
         raise InputError(f"{path}: not a manifest that can be read ({error})") from error
     if odd:
         warnings.warn(f"{path}: {len(odd)} cuts have no supervision or several and are left out: {', '.join(odd[:5])}"
@@ -167,7 +168,8 @@ def load_sound(utterance: Utterance, rate: int) -> Samples:
     except InputError:
         raise
     except Exception as error:  # lhotse tries several libraries, and each has errors of its own
-        said = (str(error).strip() or type(error).__name__).splitlines()
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        said = [line for line in lines if not line.startswith("[extra info]")] or lines
         raise InputError(said[-1]) from error
     if not len(x):
         raise InputError("holds no samples")

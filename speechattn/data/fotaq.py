@@ -74,7 +74,7 @@ class Game:
 
     def utterance(self, clip: Clip) -> Utterance:
         """A clip for the manifests."""
-        name = f"{clip.dialogue}-{clip.name.lstrip('*')}"
+        name = f"{clip.dialogue}-{clip.name}"
         custom = {"dialogue": clip.dialogue}
         return Utterance(name, lambda: self.audio(clip), clip.text, clip.speaker, "en", custom=custom)
 
@@ -100,9 +100,9 @@ class Game:
     def segments(self, prefix: str, dialogue: str, speaker: str, text: str) -> Iterator[Clip]:
         """The recorded segments of one line of the script."""
         for number, words in enumerate(split_line(text), 1):
-            for name in (f"{prefix}{number:X}", f"*{prefix}{number:X}"):
-                if words and f"{name}.SB" in self.files:
-                    yield Clip(name, dialogue, speaker, words)
+            name = f"{prefix}{number:X}"
+            if words and f"{name}.SB" in self.files:
+                yield Clip(name, dialogue, speaker, words)
 
 
 def strings(body: bytes, at: int, count: int) -> Iterator[tuple[int, str]]:
@@ -163,6 +163,7 @@ def fetch(folder: Path) -> Path:
     target = folder / "queen.1c"
     if not target.is_file():
         work = folder / "package"
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
         work.mkdir(parents=True, exist_ok=True)
         unpack(download(PACKAGE, work), work / "files")
         shutil.copy(work / "files/usr/share/doc" / PACKAGE / "copyright", folder / "LICENCE")
@@ -192,7 +193,7 @@ def read_split(folder: Path, split: str) -> list[Line]:
         cuts = [json.loads(line) for line in file]
     return [
         Line(
-            cut["id"], Path(cut["recording"]["sources"][0]["source"]), said["custom"]["dialogue"], said["speaker"],
+            cut["id"], folder / cut["recording"]["sources"][0]["source"], said["custom"]["dialogue"], said["speaker"],
             said["text"], cut["duration"],
         )
         for cut in cuts

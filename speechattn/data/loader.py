@@ -21,8 +21,9 @@ from speechattn.data.join import Join
 from speechattn.data.plan import Indices, Plan
 from speechattn.errors import InputError
 
-__all__ = ["SILENCE", "Broken", "Loader", "Skipped", "Sounds", "Source", "progress"]
+__all__ = ["SILENCE", "Broken", "Check", "Loader", "Skipped", "Sounds", "Source", "progress"]
 
+Check = Callable[[str, str | None], object]  # of text and translation: InputError where nothing can be learnt from them
 SILENCE = "silence"  # the id of what stands in for a batch of which nothing could be loaded
 
 
@@ -65,15 +66,22 @@ class Sounds:
     seed: int = 0
     join: Join | None = None
     limit: int = 0  # samples of a padded batch: `join` makes none that is larger
+    check: Check | None = None
 
     def load(self, row: int, epoch: int) -> tuple[Samples, Utterance] | Broken:
         """Samples [N] and what the manifest says."""
         try:
             utterance = self.manifest[row]
+            if self.check is not None:
+                self.check(self.normalise(utterance.text), self.translation(utterance))
             x = load_sound(utterance, self.rate)
             return augmented(x, self.rate, self.augment, key=(self.seed, epoch, utterance.id)), utterance
         except InputError as error:
             return Broken(self.manifest.row(row)["id"], str(error))
+
+    def translation(self, utterance: Utterance) -> str | None:
+        """Normalised."""
+        return None if utterance.translation is None else self.normalise(utterance.translation)
 
     def batch(self, rows: Indices, epoch: int) -> tuple[Batch, list[Broken]]:
         """Where nothing can be loaded, every device still has to make its step: one second of silence, nothing said."""
@@ -82,7 +90,7 @@ class Sounds:
         whole = [item for item in loaded if not isinstance(item, Broken)]
         if not whole:
             silence = np.zeros(self.rate, np.float32)
-            return collate([silence], texts=[""], translations=[None], ids=[SILENCE], rate=self.rate), broken
+            return collate([silence], texts=[""], translations=[""], ids=[SILENCE], rate=self.rate), broken
         if self.join is not None:
             generator = lots(self.seed, epoch, f"join {whole[0][1].id}")
             whole = self.join(whole, self.rate, limit=self.limit, generator=generator)
@@ -90,7 +98,7 @@ class Sounds:
         batch = collate(
             [x for x, _ in whole], rate=self.rate,
             texts=[self.normalise(u.text) for u in utterances], ids=[u.id for u in utterances],
-            translations=[None if u.translation is None else self.normalise(u.translation) for u in utterances],
+            translations=[self.translation(u) for u in utterances],
         )  # fmt: skip
         return batch, broken
 
@@ -219,8 +227,9 @@ class Loader(Generic[B]):
 
 
 def undisturbed(worker: int) -> None:
-    """A cluster sends SIGTERM to all processes of a job: the main one saves and ends its workers."""
+    """SIGTERM of a cluster and Ctrl-C reach all processes of a job: the main one saves and ends its workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def progress(trainer: Any, batches: int) -> Callable[[], int] | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
 from speechattn.data.corpus import Paths, named, repeated
-from speechattn.data.loader import Broken, Loader, progress
+from speechattn.data.loader import SILENCE, Broken, Check, Loader, progress
 from speechattn.data.plan import Indices, Plan
 from speechattn.errors import InputError
 from speechattn.text.normal import normaliser
@@ -36,6 +36,7 @@ class Texts:
 
     texts: tuple[str, ...]
     ids: tuple[str, ...]
+    check: Check | None = None
 
     @property
     def sizes(self) -> np.ndarray:
@@ -43,8 +44,18 @@ class Texts:
         return np.array([len(text) + 1 for text in self.texts], np.float64)
 
     def batch(self, rows: Indices, epoch: int) -> tuple[TextBatch, list[Broken]]:
-        """The rows; none is ever broken."""
-        return TextBatch(texts=tuple(self.texts[i] for i in rows), ids=tuple(self.ids[i] for i in rows)), []
+        """The rows, but for those that cannot be spelled; nothing at all is a text without words."""
+        whole, broken = list[int](), list[Broken]()
+        for i in rows:
+            try:
+                if self.check is not None:
+                    self.check(self.texts[i], None)
+                whole.append(i)
+            except InputError as error:
+                broken.append(Broken(self.ids[i], str(error)))
+        if not whole:
+            return TextBatch(texts=("",), ids=(SILENCE,)), broken
+        return TextBatch(texts=tuple(self.texts[i] for i in whole), ids=tuple(self.ids[i] for i in whole)), broken
 
     @classmethod
     def read(cls, paths: Mapping[Path, int], *, normalise: str = "none", longest: int | None = None) -> Texts:
@@ -94,6 +105,7 @@ class TextCorpus(LightningDataModule):
         self.train_paths, self.valid_paths, self.test_paths = repeated(train), named(valid), named(test)
         self.max_characters, self.longest, self.normalise = max_characters, longest, normalise
         self.workers, self.seed, self.shares = workers, seed, shares
+        self.check: Check | None = None
 
     @property
     def valid_names(self) -> tuple[str, ...]:
@@ -120,6 +132,7 @@ class TextCorpus(LightningDataModule):
     def loader(self, paths: Mapping[Path, int], seed: int | None) -> Loader[TextBatch]:
         """The share of this device; shuffled where there is a seed."""
         texts = Texts.read(paths, normalise=self.normalise, longest=self.longest)
+        texts = replace(texts, check=self.check)
         world = self.trainer.world_size if self.trainer is not None else 1
         shares = (self.shares if seed is not None else None) or world
         plan = Plan(texts.sizes, self.max_characters, shares=shares, seed=seed)

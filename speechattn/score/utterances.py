@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +15,8 @@ import numpy as np
 import soundfile
 
 from speechattn.audio.read import open_recording
-from speechattn.audio.resample import Samples, to_mono
+from speechattn.audio.resample import Samples
+from speechattn.data import cuts
 from speechattn.errors import InputError
 
 __all__ = ["CutSound", "FileSound", "Sound", "Utterance", "read_utterances"]
@@ -49,19 +52,17 @@ class FileSound:
 
 @dataclass(frozen=True)
 class CutSound:
-    """A cut of lhotse."""
+    """A cut of lhotse, read as in training."""
 
-    cut: Any
+    said: cuts.Utterance
 
     def read(self) -> tuple[Samples, int]:
-        """What lhotse loads, as mono."""
+        """At the rate of the cut."""
+        rate = int(self.said.cut.sampling_rate)
         try:
-            return to_mono(self.cut.load_audio().T), int(self.cut.sampling_rate)
-        except InputError:
-            raise
-        except Exception as error:  # each backend of lhotse has errors of its own
-            said = (str(error).strip() or type(error).__name__).splitlines()
-            raise InputError(f"{self.cut.id}: {said[-1]}") from error
+            return cuts.load_sound(self.said, rate), rate
+        except InputError as error:
+            raise InputError(f"{self.said.id}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ def read_utterances(path: Path) -> list[Utterance]:
     for number, row in rows(path):
         where = f"{path}, line {number}"
         try:
-            found.append(of_cut(row, path.parent) if "supervisions" in row else of_row(row, path.parent, where))
+            found.append(
+                of_cut(row, path.parent) if {"supervisions", "tracks"} & row.keys() else of_row(row, path.parent, where)
+            )
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise InputError(f"{where}: not a cut of lhotse and not {{audio, text}} ({error!r})") from error
     seen: set[str] = set()
@@ -109,27 +112,22 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     if not isinstance(row, dict):
                         raise InputError(f"{path}, line {number}: not an object of JSON")
                     yield number, row
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not JSONL in UTF-8 ({error})") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
 
 
 def of_cut(row: dict[str, Any], folder: Path) -> Utterance:
-    """A cut; where it has several supervisions, what is said is that of all in order."""
+    """A cut as training reads it, and who speaks."""
     try:
-        from lhotse.serialization import deserialize_item
+        said = cuts.utterance(row, folder)
     except ImportError as error:
         raise InputError("cuts of lhotse need lhotse: pip install 'speechattn[train]'") from error
-    cut: Any = deserialize_item(row).with_recording_path_prefix(folder)  # absolute paths stay what they are
-    said = sorted(cut.supervisions, key=lambda supervision: supervision.start)
-    translations = [(supervision.custom or {}).get("translation") for supervision in said]
-    spoken = [str(text) for text in translations if text is not None]
-    speakers = {supervision.speaker for supervision in said if supervision.speaker}
+    speakers = {supervision.speaker for supervision in said.cut.supervisions if supervision.speaker}
     return Utterance(
-        str(cut.id), " ".join(supervision.text or "" for supervision in said), float(cut.duration), CutSound(cut),
-        speaker="+".join(sorted(speakers)) or None,
-        translation=" ".join(spoken) if spoken and len(spoken) == len(said) else None,
+        str(said.id), said.text, said.duration_s, CutSound(said), speaker="+".join(sorted(speakers)) or None,
+        translation=said.translation,
     )  # fmt: skip
 
 
@@ -140,7 +138,10 @@ def of_row(row: dict[str, Any], folder: Path, where: str) -> Utterance:
         raise InputError(f"{where}: wanted audio (a path) and text")
     path, piece = folder / audio, "offset" in row
     duration = float(row["duration"]) if row.get("duration") is not None else None
-    sound = FileSound(path, float(row.get("offset", 0)), duration if piece else None)
+    offset = float(row.get("offset") or 0)
+    if not (isfinite(offset) and offset >= 0 and isfinite(duration or 0) and (duration or 0) >= 0):
+        raise InputError(f"{where}: offset {offset} and duration {duration} are no place in a recording")
+    sound = FileSound(path, offset, duration if piece else None)
     speaker, translation = row.get("speaker"), row.get("translation")
     return Utterance(
         str(row.get("id", audio)), text, seconds(path) if duration is None else duration, sound,

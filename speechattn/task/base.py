@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,26 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from speechattn.data.loader import Check
+from speechattn.errors import InputError
 from speechattn.task.checkpoint import packed
 from speechattn.task.tally import Tally
 from speechattn.text.pieces import Pieces
 
-__all__ = ["Task", "seeded"]
+__all__ = ["Spells", "Task", "seeded"]
+
+LOOK = 10  # batches
+
+
+@dataclass(frozen=True)
+class Spells:
+    """Asks of an utterance whether the tokenizer spells its text."""
+
+    tokenizer: Pieces
+
+    def __call__(self, text: str, translation: str | None) -> None:
+        """InputError where it does not."""
+        self.tokenizer.encode(text)
 
 
 class Task(LightningModule):
@@ -37,6 +54,9 @@ class Task(LightningModule):
         self.config: dict[str, Any] | None = None  # of the model, where it was made from YAML
         self.lr: float | None = None  # that a learning-rate finder found
         self.begun = 0  # batches, over all epochs
+        self.recent: list[tuple[Tensor, Sequence[str]]] = []  # losses that were not looked at yet, and of what
+        if seed < 0:
+            raise ValueError(f"seed {seed}: wanted 0 or more")
 
     @property
     def spelling(self) -> Pieces:
@@ -72,6 +92,43 @@ class Task(LightningModule):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
+    def spells(self) -> Check:
+        """What the data is asked of each text, so that it leaves out what cannot be learnt from."""
+        return Spells(self.spelling)
+
+    def setup(self, stage: str) -> None:
+        """Let the data know what can be spelled."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "check"):
+            data.check = self.spells()
+
+    def watch(self, loss: Tensor, ids: Sequence[str]) -> None:
+        """Stop where a loss is no number; a GPU, which would have to wait, is asked every `LOOK` batches alone."""
+        self.recent.append((loss.detach(), ids))
+        if len(self.recent) >= LOOK or (loss.device.type == "cpu" and not self.scaled):
+            self.look()
+
+    @property
+    def scaled(self) -> bool:
+        """Losses are scaled (16-mixed): a step that overflows is left out, and the scale sinks."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def look(self) -> None:
+        """InputError, naming the utterances, where a loss was no number; with a scale, where `LOOK` in a row were."""
+        recent, self.recent = self.recent, []
+        values = torch.stack([loss for loss, _ in recent]).tolist() if recent else []
+        bad = [(value, ids) for value, (_, ids) in zip(values, recent, strict=True) if not isfinite(value)]
+        if bad and (not self.scaled or len(bad) >= LOOK):
+            value, ids = bad[0]
+            names = f"{', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}"
+            raise InputError(f"the loss is {value} near step {self.trainer.global_step} (batch of {names}); the last "
+                             "checkpoint is from before: a lower learning rate, a longer warmup or "
+                             "trainer.gradient_clip_val may help")  # fmt: skip
+
+    def on_train_end(self) -> None:
+        """Look at the last losses."""
+        self.look()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step."""
         torch.manual_seed(seeded(self.seed, self.begun, self.global_rank + 1))
@@ -100,6 +157,7 @@ class Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint knows its model and its tokens: `speechattn export` needs nothing else."""
+        self.look()
         name, mode = self.monitor
         score = self.trainer.callback_metrics.get(name)
         checkpoint["speechattn"] = packed(self.config, self.spelling) | {

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from speechattn.task.checkpoint import BEST, CHECKPOINTS, LAST, STEP, number
 
@@ -44,11 +45,6 @@ class Latest(ModelCheckpoint):
             folder, "{step}", monitor="step", mode="max", save_top_k=keep, save_last="link", every_n_train_steps=every,
             enable_version_counter=False,
         )  # fmt: skip
-        self.asked_to_stop = False
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Processes agree on a signal before each step; so they all save, or none."""
-        self.asked_to_stop = trainer.received_sigterm
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,13 +53,22 @@ class Latest(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
         over = trainer.is_last_batch and 0 <= epochs <= trainer.current_epoch + 1
-        if over or 0 <= trainer.max_steps <= trainer.global_step or self.asked_to_stop or trainer.should_stop:
+        if over or 0 <= trainer.max_steps <= trainer.global_step or trainer.should_stop:
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Early stopping is decided here."""
         if trainer.should_stop:
             self.save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A SIGTERM leaves here, between two batches of the training or, where it came in one, of a validation."""
+        if not isinstance(exception, SIGTERMException) or trainer.sanity_checking:
+            return
+        for callback in trainer.callbacks if trainer.validating else ():  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                callback.on_validation_epoch_end(trainer, pl_module)  # gives the last weights back
+        self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Now, unless this step was saved already."""

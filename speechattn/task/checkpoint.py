@@ -21,8 +21,8 @@ from speechattn.pretrained.espnet import is_espnet, load_espnet
 from speechattn.text.pieces import LIST, Pieces
 
 __all__ = [
-    "about_of", "average", "export", "model_config", "packed", "read_checkpoint", "recipe", "several", "start_from",
-    "tokenizer_of",
+    "about_of", "average", "export", "goes_on", "model_config", "packed", "read_checkpoint", "recipe", "several",
+    "start_from", "tokenizer_of",
 ]  # fmt: skip
 
 KEYS = ("sample_rate", "language", "spaceless", "front_end", "encoder", "heads", "network")
@@ -75,6 +75,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a checkpoint that can be read ({str(error).splitlines()[0][:200]})") from error
     if not isinstance(found, dict) or "speechattn" not in found or "state_dict" not in found:
         raise InputError(f"{path}: not a checkpoint of `speechattn fit`")
+    if (found_format := found["speechattn"].get("format")) != FORMAT:
+        raise InputError(f"{path}: format {found_format}; this version of speechattn reads format {FORMAT}")
     return found
 
 
@@ -132,8 +134,6 @@ def parts_of(path: Path, plugins: Sequence[str] = ()) -> tuple[dict[str, Any], P
 def about_of(path: Path) -> dict[str, Any]:
     """What a checkpoint says of its model; ModelError where it does not know."""
     about: dict[str, Any] = read_checkpoint(path)["speechattn"]
-    if about.get("format") != FORMAT:
-        raise InputError(f"{path}: format {about.get('format')}; this version reads format {FORMAT}")
     if about["config"] is None:
         raise ModelError(f"{path}: trained from Python objects, so its configuration is not known")
     return about
@@ -145,6 +145,8 @@ def recipe(path: Path, tokenizer: str | None = None, plugins: Sequence[str] = ()
     With the folder of another `tokenizer` its heads are made for that many tokens.
     """
     config, old = parts_of(path, plugins)
+    if "heads" not in config:
+        raise InputError(f"{path}: a language model; a recipe (--config) says how it is trained further")
     if tokenizer is not None:
         config = {**config, "heads": resized(config["heads"], old.size, tokenizer_of(tokenizer).size)}
     heads = config["heads"]
@@ -187,6 +189,24 @@ def notation(spec: Any) -> Any:
     if found.get("class_path") in ("speechattn.stream.Serial", "speechattn.stream.serial.Serial"):
         return {"class_path": f"{found['class_path']}.of", "init_args": {"members": found.get("init_args", {})}}
     return found
+
+
+def goes_on(path: Path, state: Mapping[str, Tensor], groups: Sequence[Mapping[str, Any]]) -> None:
+    """InputError where a training with such tensors and groups of an optimizer cannot go on from a checkpoint."""
+    found = read_checkpoint(path)
+    theirs = found[LAST_WEIGHTS] if LAST_WEIGHTS in found else found["state_dict"]
+    if wrong := [name for name in {**state, **theirs} if shape(theirs.get(name)) != shape(state.get(name))]:
+        raise InputError(f"--resume: {path} is of another model: {len(wrong)} tensors do not fit, {wrong[0]} for one")
+    saved = found["optimizer_states"][0]["param_groups"]
+    alike = [len(group["params"]) for group in saved] == [len(group["params"]) for group in groups]
+    asked = [{key for key in group if not key.endswith(("_lr", "_momentum"))} for group in groups]  # not a schedule's
+    if not alike or any(not mine <= group.keys() for mine, group in zip(asked, saved, strict=True)):
+        raise InputError(f"--resume: {path} has the state of another optimizer; --init-from takes its weights alone")
+
+
+def shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """Of a tensor, if there is one."""
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def several(folder: Path, which: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -12,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,11 +26,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from speechattn.errors import InputError
+from speechattn.task.base import Task
 from speechattn.task.callbacks import AtomicIO, Checkpoints, newest
-from speechattn.task.checkpoint import model_config, recipe
-from speechattn.task.mistakes import readable, refused
+from speechattn.task.checkpoint import goes_on, model_config, recipe
+from speechattn.task.mistakes import ghosts, lightnings, readable, refused
+from speechattn.task.stop import stoppable
 
-__all__ = ["Fit"]
+__all__ = ["Fit", "keep_memory"]
 
 REFRESH = 10  # steps: the bar waits for the loss of a GPU
 CORPUS, TOKENIZER = "--data.init_args.", "--model.init_args.tokenizer"
@@ -55,10 +60,19 @@ class Fit(LightningCLI):
         parser.add_argument("--plugins", type=list[str], default=[], help="modules whose classes --init_from names")
         parser.add_class_arguments(Checkpoints, "checkpoint")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """InputError also for an unknown key without a value, which the parser overlooks."""
+        super().parse_arguments(parser, args)
+        for path in self.config.config or []:
+            if path is not None and Path(str(path)).is_file() and (key := ghosts(read(Path(str(path))), self.config)):
+                raise InputError(f"{path}: unknown key {key}")
+
     def instantiate_classes(self) -> None:
         """InputError, naming the class, for a value that it refuses."""
         try:
             super().instantiate_classes()
+            if isinstance(self.model, Task):
+                self.model.configure_optimizers()  # says now what is wrong with it
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise refused(error) from error
 
@@ -96,9 +110,15 @@ class Fit(LightningCLI):
         last = newest(Path(self.trainer.default_root_dir)) if self.config.resume else None
         if self.config.init_from is not None and last is None:
             self.model.init_from(Path(self.config.init_from), self.config.plugins)
+        if isinstance(self.trainer.accelerator, CPUAccelerator):
+            keep_memory()
         sizes = [f"{name} {size(part):,}" for name, part in self.model.parts.items()]
         rank_zero_info(f"{', '.join(sizes)} parameters")
-        self.trainer.fit(self.model, self.datamodule, ckpt_path=last, weights_only=True)
+        if last is not None:
+            made = self.model.configure_optimizers()
+            goes_on(last, self.model.state_dict(), (made["optimizer"] if isinstance(made, dict) else made).param_groups)
+        with stoppable(self.trainer):
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=last, weights_only=True)
 
     @classmethod
     def run(cls, arguments: Sequence[str]) -> None:
@@ -117,7 +137,24 @@ class Fit(LightningCLI):
                 )  # fmt: skip
             except ArgumentError as error:
                 raise InputError(readable(str(error))) from error
-            made.fit()
+            try:
+                made.fit()
+            except torch.OutOfMemoryError as error:
+                raise InputError(f"too little GPU memory: lower data.init_args.max_seconds ({error})") from error
+            except Exception as error:
+                if lightnings(error):
+                    raise InputError(" ".join(str(error).split())) from error
+                raise
+
+
+def keep_memory() -> bool:
+    """Freed memory stays in the process from now on (glibc), so that no step has to ask for it page by page."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
 @contextmanager
@@ -184,6 +221,8 @@ def read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a mapping of keys to values")
     if unknown := [key for key in found if key not in SECTIONS]:
         raise InputError(f"{path}: unknown key {unknown[0]}; there are {', '.join(SECTIONS)}")
+    if wrong := [key for key in ("trainer", "checkpoint") if not isinstance(found.get(key, {}), dict)]:
+        raise InputError(f"{path}: {wrong[0]} is not a mapping of keys to values")
     return found
 
 

@@ -82,7 +82,9 @@ class LanguageModel(Task):
         """The loss for each token; gradients are averaged over processes, so their number is in it."""
         cost, tokens = self.surprise(batch.texts)
         loss = cost.sum() / self.mean(tokens.sum())
-        self.log("train/loss", self.mean(loss.detach()), prog_bar=True, batch_size=len(batch.texts))
+        shown = self.mean(loss.detach())
+        self.watch(shown, getattr(batch, "ids", ()))
+        self.log("train/loss", shown, prog_bar=True, batch_size=len(batch.texts))
         return loss
 
     def validation_step(self, batch: Texts, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from inspect import signature
 from pydoc import locate
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from speechattn.errors import InputError, SpeechAttnError
 
-__all__ = ["readable", "refused"]
+__all__ = ["ghosts", "lightnings", "readable", "refused"]
 
 KEY = re.compile(r'Parser key "(.+)":')
 CLASS = re.compile(r"Problem with given class_path '(.+)':")
@@ -57,6 +59,30 @@ def meant(name: str, owner: str) -> str:
         return ""
     near = get_close_matches(name, known, 1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def ghosts(said: Mapping[str, Any], known: Any) -> str:
+    """The first key of a file whose value is an empty mapping and of which nothing is left in what was parsed."""
+    for key, value in said.items():
+        there = key in known
+        if value == {} and not there and key not in ("init_args", "dict_kwargs"):
+            return key
+        inner = known[key] if there else None
+        if isinstance(value, Mapping) and isinstance(inner, Mapping | Namespace) and (name := ghosts(value, inner)):
+            return f"{key}.{name}"
+        rows = zip(value, inner, strict=False) if isinstance(value, list) and isinstance(inner, list) else ()
+        for one, other in rows:
+            if isinstance(one, Mapping) and isinstance(other, Mapping | Namespace) and (name := ghosts(one, other)):
+                return f"{key}.{name}"
+    return ""
+
+
+def lightnings(error: BaseException) -> bool:
+    """Lightning raised it: about an option, then, and not in what it calls."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and str(at.tb_frame.f_globals.get("__name__")).startswith("lightning.")
 
 
 def refused(error: Exception) -> SpeechAttnError:

@@ -20,6 +20,7 @@ from speechattn.audio.augment import SpecAugment
 from speechattn.audio.normal import GlobalCMVN
 from speechattn.data.batch import Batch
 from speechattn.encoder import Encoder
+from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.model import Recognizer as Model
 from speechattn.model.folder import try_out
@@ -70,6 +71,7 @@ class Recognizer(Task):
         self.augment, self.spans = augment, spans
         self.search, self.beam_size, self.streamed_batches = search, beam_size, streamed_batches
         self.compiler = compile
+        self.model.search(search, beam_size=beam_size)  # says now what is wrong with it
         self.own_spans = [(module, module.span) for module in encoder.modules() if isinstance(module, Spanned)]
         if compile is not None and any(objective.layers for objective in objectives):
             raise ValueError(f"compile {compile}: not with an objective that looks inside the encoder")
@@ -104,6 +106,10 @@ class Recognizer(Task):
 
     def setup(self, stage: str) -> None:
         """The front-end stays in float32, also where Lightning is about to round all weights to half precision."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if (rate := getattr(data, "rate", self.model.sample_rate)) != self.model.sample_rate:
+            raise InputError(f"data.rate {rate}: the model hears {self.model.sample_rate} samples a second")
         self.exact = {name: tensor.clone() for name, tensor in self.model.front_end.state_dict().items()}
 
     def on_fit_start(self) -> None:
@@ -115,7 +121,10 @@ class Recognizer(Task):
             self.estimate(normal)
         if self.compiler is not None:
             dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, SPANS)
-            self.model.encoder.compile(backend=self.compiler)
+            try:
+                self.model.encoder.compile(backend=dynamo.lookup_backend(self.compiler))
+            except dynamo.exc.InvalidBackend as error:
+                raise InputError(f"compile: {str(error).splitlines()[0]}") from error
 
     @torch.no_grad()
     def estimate(self, normal: GlobalCMVN) -> None:
@@ -208,6 +217,7 @@ class Recognizer(Task):
         loss = self.weighed(found, count)
         figures = [loss.detach(), lost.float().mean(), *(part.detach().sum() / count for part in found.values())]
         shown = self.mean(torch.stack(figures))
+        self.watch(shown[0], batch.ids)
         for name, value in zip(("loss", "impossible", *found), shown, strict=True):
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch.ids))
         return loss
@@ -215,6 +225,15 @@ class Recognizer(Task):
     def on_validation_epoch_start(self) -> None:
         """The encoder's own span again: that is the one with which it will stream."""
         super().on_validation_epoch_start()
+        self.hear_as_told()
+
+    def on_train_end(self) -> None:
+        """The encoder's own span again, with which it will stream."""
+        super().on_train_end()
+        self.hear_as_told()
+
+    def hear_as_told(self) -> None:
+        """With the span of the recipe, not that of the last step."""
         for module, span in self.own_spans:
             module.span = span
 

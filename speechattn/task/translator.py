@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from speechattn.data.batch import Batch
+from speechattn.data.loader import Check
 from speechattn.errors import InputError
+from speechattn.task.base import Spells
 from speechattn.task.objectives import Said
 from speechattn.task.recognizer import Recognizer
 from speechattn.task.tally import Tally, TranslationTally
 
 __all__ = ["Translator"]
+
+
+@dataclass(frozen=True)
+class SpellsBoth(Spells):
+    """Asks whether there is a translation that can be spelled; with `source`, the text, too."""
+
+    source: bool
+
+    def __call__(self, text: str, translation: str | None) -> None:
+        if translation is None:
+            raise InputError("has no translation")
+        self.tokenizer.encode(translation)
+        if self.source:
+            self.tokenizer.encode(text)
 
 
 class Translator(Recognizer):
@@ -24,6 +40,10 @@ class Translator(Recognizer):
     def tally(self) -> Tally:
         """BLEU and chrF."""
         return TranslationTally()
+
+    def spells(self) -> Check:
+        """Of translations, and of what was said if a head says it."""
+        return SpellsBoth(self.spelling, "source" in self.model.heads)
 
     def said(self, batch: Batch) -> Said:
         """The translation, and what was said if a head wants to know it."""

@@ -40,20 +40,30 @@ def split_of(key: str, shares: Mapping[str, float]) -> str:
     return "train"
 
 
-def assign(entries: Sequence[Entry], shares: Mapping[str, float]) -> dict[str, list[Entry]]:
+def assign(entries: Sequence[Entry], shares: Mapping[str, float], by: str | None = None) -> dict[str, list[Entry]]:
     """The entries of each part: as the file says, or by speaker where all have one (no voice is in two parts), or by
-    utterance."""
+    utterance; `by` says which. InputError where a part gets nothing: few voices cannot be shared out."""
     given = [entry.split for entry in entries]
     if any(given) and shares:
         raise InputError("the transcripts name the parts themselves: leave --split-share away")
     if any(given) and not all(given):
         missing = next(entry.id for entry in entries if not entry.split)
         raise InputError(f"some utterances have a split, but {missing} has none")
-    by_speaker = all(entry.speaker for entry in entries)
+    without = next((entry.id for entry in entries if not entry.speaker), None)
+    if by == "speaker" and without is not None:
+        raise InputError(f"--split-by speaker: {without} has no speaker")
+    by_speaker = by != "utterance" and without is None
+    keys = [str(entry.speaker) if by_speaker else entry.id for entry in entries]
     parts: dict[str, list[Entry]] = {}
-    for entry in entries:
-        key = entry.speaker if by_speaker and entry.speaker else entry.id
+    for entry, key in zip(entries, keys, strict=True):
         parts.setdefault(entry.split or split_of(key, shares), []).append(entry)
+    for name in (*shares, "train") if shares else ():
+        if name not in parts:
+            what, otherwise = ("speakers", "--split-by utterance, ") if by_speaker else ("utterances", "")
+            raise InputError(
+                f"no utterance falls into {name}: there are {len({*keys})} {what} to share out by chance; take "
+                f"{otherwise}other shares, or a column `split` in the transcripts"
+            )
     return parts
 
 
@@ -77,7 +87,7 @@ def utterances(
 
 def prepare(
     audio: Path, folder: Path, transcripts: Path, *, name: str = "own", language: str = "en",
-    translation_language: str | None = None, shares: Mapping[str, float] | None = None,
+    translation_language: str | None = None, shares: Mapping[str, float] | None = None, split_by: str | None = None,
     audio_format: AudioFormat = "flac",
 ) -> list[str]:  # fmt: skip
     """Manifests of every part; the parts' names. What has changed since is prepared again.
@@ -88,7 +98,7 @@ def prepare(
     if not audio.is_dir():
         raise InputError(f"{audio}: no such folder")
     entries = read_transcripts(transcripts)
-    parts = assign(entries, shares or {})
+    parts = assign(entries, shares or {}, split_by)
     for split, chosen in parts.items():
         options = {
             "audio": str(audio.resolve()), "audio_format": audio_format, "language": language,

@@ -12,6 +12,7 @@ from pathlib import Path
 from speechattn.data.prepare.debian import sha256
 from speechattn.data.prepare.manifests import Skipped, Utterance, prepared, write_manifests
 from speechattn.data.prepare.sound import AudioFormat
+from speechattn.data.prepare.transcripts import read_lines
 from speechattn.errors import InputError
 
 __all__ = ["MINI", "PARTS", "download", "find_corpus", "prepare", "utterances"]
@@ -68,7 +69,7 @@ def utterances(part: Path) -> Iterator[Utterance | Skipped]:
     """The utterances of a part: `READER/CHAPTER/READER-CHAPTER.trans.txt` and a FLAC file for each of its lines."""
     for chapter in sorted(part.glob("*/*/*.trans.txt")):
         told = set()
-        for line in chapter.read_text(encoding="utf-8").splitlines():
+        for line in filter(str.strip, read_lines(chapter)):
             name, _, text = line.strip().partition(" ")
             told.add(name)
             yield Utterance(name, chapter.parent / f"{name}.flac", text, name.partition("-")[0], "en")

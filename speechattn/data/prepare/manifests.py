@@ -30,8 +30,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import quote
@@ -49,6 +51,7 @@ __all__ = ["Skipped", "Utterance", "Written", "manifest_path", "prepared", "writ
 Row: TypeAlias = dict[str, object]
 
 SHORTEST_S = 0.1
+LONGEST = 200  # bytes of a file's name without its ending; file systems take 255
 FASTEST = 40  # characters per second; fast speech in Latin letters has 20 to 25
 
 
@@ -98,10 +101,10 @@ def prepared(folder: Path, name: str, split: str, options: Mapping[str, object] 
         said = json.loads(manifest_path(folder, name, "prepared", split).read_text(encoding="utf-8"))
         with gzip.open(manifest_path(folder, name, "cuts", split), "rt", encoding="utf-8") as cuts:
             first = json.loads(cuts.readline())
-        there = Path(first["recording"]["sources"][0]["source"]).is_file()
+        there = (folder / first["recording"]["sources"][0]["source"]).is_file()
         same = options is None or said["options"] == json.loads(json.dumps(options))
         return Written(said["utterances"], said["hours"], said["skipped"]) if there and same else None
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, LookupError, TypeError, EOFError, zlib.error):  # whatever has become of it
         return None
 
 
@@ -169,7 +172,7 @@ class Writer:
 
     def write(self, name: str, samples: Samples) -> Placed:
         """A new file."""
-        path = self.folder / f"{quote(name, safe=' ')}.{self.audio_format}"
+        path = self.folder / f"{file_name(name)}.{self.audio_format}"
         write_sound(path, samples, self.audio_format)
         return Placed(path, len(samples), 0, len(samples))
 
@@ -208,6 +211,12 @@ class Writer:
             "num_samples": placed.frames, "duration": placed.frames / RATE, "channel_ids": [0],
         }  # fmt: skip
         return self.recordings[free]
+
+
+def file_name(name: str) -> str:
+    """An id as the name of a file on any system; of one that is too long the beginning and a checksum."""
+    plain = quote(name, safe=" ")
+    return plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 21]}-{sha256(name.encode()).hexdigest()[:20]}"
 
 
 def find_sound(utterance: Utterance) -> Placed | Samples:

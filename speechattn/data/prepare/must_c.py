@@ -15,6 +15,7 @@ import yaml
 
 from speechattn.data.prepare.manifests import Skipped, Utterance, prepared, write_manifests
 from speechattn.data.prepare.sound import AudioFormat
+from speechattn.data.prepare.transcripts import read_lines
 from speechattn.errors import InputError
 
 __all__ = ["SPLITS", "prepare", "utterances"]
@@ -46,7 +47,7 @@ def read_segments(path: Path) -> list[dict[str, Any]]:
     """The segments of a split: `wav`, `offset`, `duration`, `speaker_id`. The C parser, for there are 250,000 lines."""
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        segments = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+        segments = yaml.load("\n".join(read_lines(path)), Loader=loader)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(segments, list):
@@ -61,10 +62,7 @@ def utterances(data: Path, split: str, language: str) -> Iterator[Utterance | Sk
     """Line i of transcript and translation belongs to segment i; ids are `TALK-seg-N`, where N counts in a talk."""
     folder = data / split
     segments = read_segments(folder / "txt" / f"{split}.yaml")
-    texts, translations = (
-        (folder / "txt" / f"{split}.{one}").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        for one in ("en", language)
-    )
+    texts, translations = (read_lines(folder / "txt" / f"{split}.{one}") for one in ("en", language))
     if not len(segments) == len(texts) == len(translations):
         raise InputError(
             f"{folder}: {len(segments)} segments, {len(texts)} lines in en, {len(translations)} lines in {language}"

@@ -77,13 +77,18 @@ def check_size(path: Path) -> None:
 
 
 def bounds(frames: int, start_s: float, duration_s: float | None) -> tuple[int, int]:
-    """First sample and the one after the last; an end behind the recording's is moved there."""
+    """First sample and the one after the last; an end up to 1 s behind the recording's is moved there.
+
+    What lies further behind means that times and recording do not belong together.
+    """
     if not (isfinite(start_s) and isfinite(duration_s or 0)):
         raise InputError(f"a part from {start_s} s on, {duration_s} s long")
     start = round(start_s * RATE)
     end = frames if duration_s is None else min(frames, start + round(duration_s * RATE))
-    if start < 0 or end <= start:
-        raise InputError(f"a part from {start_s:.2f} s on, but the recording has {frames / RATE:.2f} s")
+    behind = duration_s is not None and start + round(duration_s * RATE) > frames + RATE
+    if start < 0 or end <= start or behind:
+        long = "" if duration_s is None else f", {duration_s:.2f} s long"
+        raise InputError(f"a part from {start_s:.2f} s on{long}, but the recording has {frames / RATE:.2f} s")
     return start, end
 
 

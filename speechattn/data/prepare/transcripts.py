@@ -18,7 +18,7 @@ from pathlib import Path
 
 from speechattn.errors import InputError
 
-__all__ = ["Entry", "read_transcripts"]
+__all__ = ["Entry", "read_lines", "read_transcripts"]
 
 NAMES = {
     "audio": ("audio", "path", "file", "audio_filepath", "audio_path", "wav"),
@@ -33,6 +33,7 @@ NAMES = {
     "duration": ("duration",),
     "end": ("end",),
 }
+TO_ITS_END = -1.0  # what Kaldi says for the end of a recording
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,20 @@ def read_transcripts(path: Path) -> list[Entry]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text") from error
     except OSError as error:
-        raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
+        raise InputError(f"{path}: {error.strerror or error}") from error
     if not entries:
         raise InputError(f"{path}: no utterances in it")
     return entries
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file; other line ends of Unicode may stand inside of them. InputError when it is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text") from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
 
 
 def read_tsv(path: Path) -> Iterator[Entry]:
@@ -94,12 +105,13 @@ def read_tsv(path: Path) -> Iterator[Entry]:
 
 def known(columns: list[str]) -> dict[str, str]:
     """Our name -> the name of the column in the file."""
-    return {name: column for name, others in NAMES.items() for column in columns if column in others}
+    there = {column.strip().lower(): column for column in reversed(columns)}
+    return {name: there[found] for name, others in NAMES.items() if (found := next(filter(there.get, others), None))}
 
 
 def read_jsonl(path: Path) -> Iterator[Entry]:
     """Objects, one per line."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -136,11 +148,12 @@ def read_kaldi(folder: Path) -> Iterator[Entry]:
     speakers = read_pairs(folder / "utt2spk") if (folder / "utt2spk").is_file() else {}
     segments = read_pairs(folder / "segments") if (folder / "segments").is_file() else {}
     for name, text in texts.items():
-        recording, start, end, fault = name, 0.0, -1.0, None
+        recording, start, duration, fault = name, 0.0, None, None
         if segments:
             fields = segments.get(name, "").split()
             try:
-                recording, start, end = fields[0], float(fields[1]), float(fields[2])
+                recording, start = fields[0], float(fields[1])
+                duration = None if float(fields[2]) == TO_ITS_END else float(fields[2]) - start
             except (IndexError, ValueError):
                 fault = "segments has no `RECORDING START END` for it"
         audio = recordings.get(recording, "")
@@ -148,14 +161,13 @@ def read_kaldi(folder: Path) -> Iterator[Entry]:
             fault = fault or f"wav.scp has no recording {recording}"
         elif audio.endswith("|"):
             fault = "wav.scp names a command, not a file"
-        duration = end - start if end > 0 else None
         yield Entry(name, audio, text, speakers.get(name), start_s=start, duration_s=duration, fault=fault)
 
 
 def read_pairs(path: Path) -> dict[str, str]:
     """A Kaldi table: the first word of each line, and the rest."""
     pairs = {}
-    for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+    for line in filter(str.strip, read_lines(path)):
         name, *rest = line.split(maxsplit=1)
         pairs[name] = "".join(rest).strip()
     return pairs
