@@ -45,7 +45,10 @@ CONFIG: dict[str, Any] = {
         "transducer": {
             "class_path": "speechattn.decoder.transducer.Transducer",
             "init_args": {
-                "predictor": {"class_path": "speechattn.decoder.predictor.LSTMPredictor", "init_args": {"vocab": 11, "dim": 8}},
+                "predictor": {
+                    "class_path": "speechattn.decoder.predictor.LSTMPredictor",
+                    "init_args": {"vocab": 11, "dim": 8},
+                },
                 "joint": {
                     "class_path": "speechattn.decoder.transducer.Joint",
                     "init_args": {"frames": 16, "labels": 8, "inner": 12, "vocab": 11},

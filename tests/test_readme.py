@@ -58,11 +58,13 @@ def test_every_command_parses() -> None:
     commands = [
         shlex.split(line.split("#")[0].split("|")[-1])[1:]
         for block in blocks("sh")
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if "speechattn" in line.split("#")[0] and not line.startswith("pip")
     ]
     assert len(commands) >= 8
     for command in commands:
+        if command[0] == "fit":  # test_recipes.py asks its own parser
+            continue
         assert parser().parse_args(command).run
 
 

@@ -1,7 +1,7 @@
 """Sentences to synthesise: `python sentences.py WORDNET CUTS OUT`.
 
-The examples in WordNet's glosses (Debian's `wordnet-base`, folder `usr/share/wordnet`) in an order that does not change,
-and between them the lines of a cuts manifest (FOTAQ's training split), so that other voices say them, too.
+The examples in WordNet's glosses (Debian's `wordnet-base`, folder `usr/share/wordnet`) in an order that does not
+change, and between them the lines of a cuts manifest (FOTAQ's training split), so that other voices say them, too.
 """
 
 from __future__ import annotations
