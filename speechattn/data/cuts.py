@@ -169,8 +169,8 @@ def load_sound(utterance: Utterance, rate: int) -> Samples:
         raise
     except Exception as error:  # lhotse tries several libraries, and each has errors of its own
         lines = (str(error).strip() or type(error).__name__).splitlines()
-        said = [line for line in lines if not line.startswith("[extra info]")] or lines
-        raise InputError(said[-1]) from error
+        said = [line.rpartition(">: ")[2] for line in lines if line.startswith("Exception #")] or lines
+        raise InputError(said[0]) from error
     if not len(x):
         raise InputError("holds no samples")
     return Resampler(utterance.cut.sampling_rate, rate).feed(x, last=True)
