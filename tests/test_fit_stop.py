@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +91,15 @@ def last(folder: Path) -> Path:
 EMA = part("lightning.pytorch.callbacks.EMAWeightAveraging", decay=0.5)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is heard, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(("kind", "validating"), [("SIGTERM", False), ("SIGTERM", True), ("SIGINT", False)])
 def test_a_signal_saves_and_resuming_is_exact(
     fit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, validating: bool

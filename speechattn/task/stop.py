@@ -38,9 +38,9 @@ def stoppable(trainer: Trainer) -> Iterator[None]:
         rank_zero_info("stopping after this step; Ctrl-C again stops at once")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)
-    if main:
+    mine = threading.current_thread() is threading.main_thread() and before != signal.SIG_IGN
+    if mine:
         signal.signal(signal.SIGINT, ask)
     try:
         yield
@@ -53,5 +53,5 @@ def stoppable(trainer: Trainer) -> Iterator[None]:
             raise
         raise KeyboardInterrupt from None
     finally:
-        if main:
+        if mine:
             signal.signal(signal.SIGINT, before)
