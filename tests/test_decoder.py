@@ -23,7 +23,7 @@ DIM, HEADS = 8, 2
 
 
 def decoder(depth: int = 2, vocab: int = 20) -> AttentionDecoder:
-    made = AttentionDecoder(vocab, 40, DIM, HEADS, depth, cross=lambda: Soft(DIM, HEADS)).double().eval()
+    made = AttentionDecoder(vocab, 40, DIM, HEADS, depth).double().eval()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     return made.requires_grad_(False)
@@ -41,7 +41,7 @@ def test_soft_is_multi_head_attention() -> None:
         oracle.in_proj_bias.copy_(torch.cat([soft.query.bias, soft.key.bias, soft.value.bias]))
         oracle.out_proj.load_state_dict(soft.out.state_dict())
     heard, query = memory([5, 3]), torch.randn(2, 4, DIM, dtype=torch.double)
-    seen, _ = soft.attend(query, soft.read(heard))
+    seen, _ = soft.attend(query, soft.read(heard), ())
     x = heard.frames
     context, weights = oracle(query, x.values, x.values, key_padding_mask=~x.mask, average_attn_weights=False)
     torch.testing.assert_close(seen.context, context, rtol=0, atol=1e-12)
@@ -57,6 +57,7 @@ def test_soft_row_without_a_frame_sees_nothing_and_nan_does_not_leak() -> None:
     seen, _ = soft.attend(
         torch.randn(2, 2, DIM, dtype=torch.double),
         soft.read(Memory.of(Frames.of(values, torch.tensor([[True] * 3, [False] * 3])))),
+        (),
     )
     assert torch.isfinite(seen.context).all()
     assert seen.weights[1].abs().sum() == 0
@@ -189,7 +190,7 @@ def test_espnets_weights_give_espnets_scores() -> None:
     targets = torch.randint(19, (2, 5))
     tokens = torch.cat([torch.full((2, 1), 19), targets], 1)
     expected, _ = theirs(heard.frames.values, torch.tensor([6, 4]), tokens, lengths + 1)
-    scores, _, counts = mine.forced(mine.start(heard), targets, lengths, sos=19, eos=19)
+    scores, _, counts, _ = mine.forced(mine.start(heard), targets, lengths, sos=19, eos=19)
     torch.testing.assert_close(scores[counts], expected[counts], rtol=0, atol=1e-10)
     last, _ = theirs.batch_score(tokens[:, :4], [None, None], heard.frames.values)  # which knows of no padding
     alone = Memory.of(Frames(heard.frames.values, torch.ones_like(heard.frames.mask)))
@@ -270,9 +271,9 @@ def test_a_memory_grows_and_memories_of_different_length_share_a_batch() -> None
     cross = begun.cross
     for a, b in ((2, 2), (2, 7), (7, 9)):
         cross = net.read(Memory.of(heard.frames[a:b]), cross)
-    grown, _, _ = net.step(tokens, type(begun)(begun.cache, cross))
+    grown, _, _ = net.step(tokens, type(begun)(begun.cache, cross, begun.place))
     torch.testing.assert_close(grown, expected, rtol=0, atol=1e-12)
-    both = tree.concat([type(begun)(begun.cache, cross), begun])
+    both = tree.concat([type(begun)(begun.cache, cross, begun.place), begun])
     found, _, _ = net.step(tokens.expand(2, -1), both)
     short, _, _ = net.step(tokens, begun)
     torch.testing.assert_close(found, torch.cat([expected, short]), rtol=0, atol=1e-12)

@@ -208,7 +208,7 @@ def test_frames_and_scores_are_espnets(tmp_path: Path) -> None:
     after = torch.cat([torch.tensor([[10]]), tokens], 1)
     expected, _ = theirs.decoder(frames.values, torch.tensor([frames.mask.shape[1]]), after, torch.tensor([7]))
     start = decoder.start(Memory.of(y))
-    scores, _, _ = decoder.forced(start, tokens, torch.tensor([6]), sos=10, eos=10)
+    scores, _, _, _ = decoder.forced(start, tokens, torch.tensor([6]), sos=10, eos=10)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-9)
     assert len({float(norm.eps) for norm in ours.modules() if isinstance(norm, nn.LayerNorm)}) == 1
     assert not any(parameter.requires_grad for parameter in ours.parameters())

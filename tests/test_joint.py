@@ -62,7 +62,7 @@ def attention(decoder: AttentionDecoder, x: Frames, text: Text) -> float:
     """log p(text, end) by teacher forcing."""
     tokens = torch.tensor([text], dtype=torch.long).view(1, -1)
     state = decoder.start(Memory.of(x))
-    scores, wanted, _ = decoder.forced(state, tokens, torch.tensor([len(text)]), sos=END, eos=END)
+    scores, wanted, _, _ = decoder.forced(state, tokens, torch.tensor([len(text)]), sos=END, eos=END)
     return float(scores.log_softmax(-1).gather(2, wanted[..., None]).sum())
 
 
@@ -172,7 +172,7 @@ def test_attention_alone_finds_the_most_probable_texts(seed: int) -> None:
     for n in range(4):
         for text in itertools.product(range(3), repeat=n):
             tokens = torch.tensor([text], dtype=torch.long).view(1, -1)
-            scores, wanted, _ = decoder.forced(
+            scores, wanted, _, _ = decoder.forced(
                 decoder.start(Memory.of(x)), tokens, torch.tensor([n]), sos=3, eos=3
             )  # fmt: skip
             chances[text] = float(scores.log_softmax(-1).gather(2, wanted[..., None]).sum())

@@ -76,7 +76,7 @@ def follows(decoder: AttentionDecoder, x: Tensor, text: Text, heard: list[int]) 
     for token, frames in zip([decoder.vocab - 1, *text], heard, strict=True):
         there = torch.ones(1, len(x[:frames]), dtype=torch.bool)
         begun = decoder.start(Memory.of(Frames(x[None, :frames], there)))
-        state = DecoderState(cache or begun.cache, begun.cross)
+        state = DecoderState(cache or begun.cache, begun.cross, begun.place)
         hidden, _, state = decoder.step(torch.tensor([[token]]), state)
         cache = state.cache
     return decoder.logits(hidden[0, -1]).log_softmax(-1)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from speechattn.frames import Memory
 
-__all__ = ["Attended", "CrossAttention"]
+__all__ = ["Attended", "CrossAttention", "CrossMaker"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,23 @@ class Attended:
 class CrossAttention(Protocol):
     """Read the encoder's memory once, attend to it token by token.
 
-    The state is a value: `read` makes it, `attend` returns the next one (monotonic heads remember where they stand).
+    What was read belongs to the recording, and its hypotheses share it; the `place` where each of them stands is its
+    own: where a monotonic head stopped, where the last token looked. Both are trees of tensors, batch first.
+
+    Law: in `eval()`, attending to tokens one by one equals attending to them at once.
     """
 
     def read(self, memory: Memory) -> Any:
-        """Project the memory; the state has the batch first in every tensor."""
+        """Project the memory. What was read has a `mask` [B, T], and `then(other, skip)` adds what was read later."""
 
-    def attend(self, query: Tensor, state: Any) -> tuple[Attended, Any]:
-        """Let `query` [B, U, D] look at what was read."""
+    def place(self, rows: Tensor) -> Any:
+        """Where hypotheses stand before the first token, for the number, type and device of `rows` [B * K, ...].
+
+        () where nothing is remembered.
+        """
+
+    def attend(self, query: Tensor, read: Any, place: Any) -> tuple[Attended, Any]:
+        """Let `query` [B * K, U, D] look at what was read; row b * K + k looks at row b. -> also the next place."""
+
+
+CrossMaker = Callable[[int, int], nn.Module]  # a CrossAttention from width and heads

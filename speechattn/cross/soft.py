@@ -80,24 +80,28 @@ class Soft(nn.Module):
         x = memory.frames
         return SoftState(self._split(run(self.key, x.values)), self._split(run(self.value, x.values)), x.mask)
 
-    def attend(self, query: Tensor, state: SoftState) -> tuple[Attended, SoftState]:
-        """`query` [B, U, D] -> what it saw; the state does not change.
+    def place(self, rows: Tensor) -> tuple[()]:
+        """Nothing is remembered."""
+        return ()
 
-        With K times as many rows as the state has, row b * K + k looks at memory b, which is not copied for it.
+    def attend(self, query: Tensor, read: SoftState, place: tuple[()]) -> tuple[Attended, tuple[()]]:
+        """`query` [B, U, D] -> what it saw.
+
+        With K times as many rows as were read, row b * K + k looks at memory b, which is not copied for it.
         """
-        if len(query) != len(state.mask):
-            return self._shared(query, state), state
+        if len(query) != len(read.mask):
+            return self._shared(query, read), ()
         q = self._split(run(self.query, query)) / sqrt(query.shape[-1] // self.heads)
-        valid = state.mask[:, None, None]
-        scores = (q @ state.key.transpose(-1, -2)).masked_fill(~valid, -torch.inf)
+        valid = read.mask[:, None, None]
+        scores = (q @ read.key.transpose(-1, -2)).masked_fill(~valid, -torch.inf)
         weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).masked_fill(~valid, 0.0).to(q.dtype)
-        context = run(self.out, (weights @ state.value).transpose(1, 2).flatten(2))
-        return Attended(context, weights, weights, weights.new_zeros(weights.shape[:3], dtype=torch.bool)), state
+        context = run(self.out, (weights @ read.value).transpose(1, 2).flatten(2))
+        return Attended(context, weights, weights, weights.new_zeros(weights.shape[:3], dtype=torch.bool)), ()
 
     def _shared(self, query: Tensor, state: SoftState) -> Attended:
         """The K * U queries of a memory side by side: to soft attention they are nothing but queries."""
         n, tokens, rows = len(query), query.shape[1], len(state.mask)
-        seen, _ = self.attend(query.reshape(rows, n // rows * tokens, -1), state)
+        seen, _ = self.attend(query.reshape(rows, n // rows * tokens, -1), state, ())
         weights = (
             seen.weights.view(rows, self.heads, n // rows, tokens, state.mask.shape[1]).transpose(1, 2).flatten(0, 1)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log, sqrt
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from speechattn.attention.pattern import Span
 from speechattn.attention.self_attention import AttentionState, SelfAttention
-from speechattn.cross import CrossAttention
+from speechattn.cross import CrossAttention, CrossMaker
 from speechattn.cross.soft import Soft
 from speechattn.frames import Frames, Memory
 from speechattn.linear import dropped, run
-from speechattn.tree import node
+from speechattn.tree import leaves, node
 
-__all__ = ["AttentionDecoder", "DecoderState", "Head", "learned", "sinusoids"]
+__all__ = ["AttentionDecoder", "DecoderState", "Forced", "Head", "learned", "sinusoids"]
 
 Head = tuple[int, int]  # (decoder layer, head in that layer), both from 0
 
@@ -39,13 +39,15 @@ def sinusoids(context: int, dim: int) -> Tensor:
 
 @node
 class DecoderState:
-    """One hypothesis per row: `cache` holds each layer's keys and values, `cross` what each layer read.
+    """One hypothesis per row: `cache` holds each layer's keys and values, `cross` what each layer read of the memory,
+    `place` where it stands in that.
 
-    The cache may have K rows for each row of the memory: then row b * K + k is hypothesis k over memory b.
+    Cache and place may have K rows for each row of the memory: row b * K + k is hypothesis k over memory b.
     """
 
     cache: tuple[AttentionState, ...]
     cross: tuple[Any, ...]
+    place: tuple[Any, ...]
 
     @property
     def length(self) -> Tensor:
@@ -53,8 +55,21 @@ class DecoderState:
         return self.cache[0].past.length
 
     def truncate(self, length: int) -> DecoderState:
-        """Forget the tokens behind the first `length`."""
+        """Forget the tokens behind the first `length`. ValueError where a layer remembers where it stands."""
+        if leaves(self.place):
+            raise ValueError("tokens cannot be taken back where cross attention remembers where it stands")
         return replace(self, cache=tuple(replace(c, past=c.past.truncate(length)) for c in self.cache))
+
+
+class Forced(NamedTuple):
+    """Of given texts: `scores` [B, U + 1, V] of the `tokens` [B, U + 1] that should come, the last of them the end;
+    which of them `counts` [B, U + 1]; the `alignment` [B, N, U + 1, T] of the heads that were asked for.
+    """
+
+    scores: Tensor
+    tokens: Tensor
+    counts: Tensor
+    alignment: Tensor
 
 
 class DecoderLayer(nn.Module):
@@ -75,19 +90,22 @@ class DecoderLayer(nn.Module):
     def _dropped(self, x: Tensor) -> Tensor:
         return dropped(x, self.dropout) if self.training else x
 
-    def forward(self, x: Tensor, cache: AttentionState, cross: Any) -> tuple[Tensor, Tensor, AttentionState, Any]:
-        """`x` [B, U, D] -> the same shape, the alignment [B, H, U, T], and the two states."""
+    def forward(
+        self, x: Tensor, cache: AttentionState, cross: Any, place: Any
+    ) -> tuple[Tensor, Tensor, AttentionState, Any]:
+        """`x` [B, U, D] -> the same shape, the alignment [B, H, U, T], the next cache and the next place."""
         y, cache = self.self_attention.step(Frames(self.self_norm(x), x.new_ones(x.shape[:2], dtype=torch.bool)), cache)
         x = x + y.values
-        seen, cross = self.cross.attend(self.cross_norm(x), cross)
+        seen, place = self.cross.attend(self.cross_norm(x), cross, place)
         x = x + self._dropped(seen.context)
-        return x + self._dropped(run(self.ff, self.ff_norm(x))), seen.alignment, cache, cross
+        return x + self._dropped(run(self.ff, self.ff_norm(x))), seen.alignment, cache, place
 
 
 class AttentionDecoder(nn.Module):
     """Token embeddings and a row for each position through `depth` layers (arXiv 1706.03762, section 3.1; pre-norm).
 
     `positions` makes the table: `learned`, or `sinusoids`, where embeddings are multiplied by `scale`, the root of D.
+    `cross` makes a layer's attention to the frames, from width and heads.
     Without an `output` layer the embedding's own weights score the next token.
 
     Law: reading tokens one by one equals reading them at once. Attention is a return value: `step` gives the
@@ -96,7 +114,7 @@ class AttentionDecoder(nn.Module):
 
     def __init__(
         self, vocab: int, context: int, dim: int, heads: int, depth: int, *,
-        cross: Callable[[], CrossAttention], inner: int | None = None,
+        cross: CrossMaker = Soft, inner: int | None = None,
         positions: Callable[[int, int], Tensor] = learned, scale: float = 1.0,
         activation: Callable[[], nn.Module] = nn.GELU, output: nn.Module | None = None, dropout: float = 0.0,
     ) -> None:  # fmt: skip
@@ -110,7 +128,14 @@ class AttentionDecoder(nn.Module):
         else:
             self.register_buffer("positions", table, persistent=False)
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
-            DecoderLayer(dim, heads, inner or 4 * dim, cross(), activation=activation, dropout=dropout)
+            DecoderLayer(
+                dim,
+                heads,
+                inner or 4 * dim,
+                cast(CrossAttention, cross(dim, heads)),
+                activation=activation,
+                dropout=dropout,
+            )
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
@@ -123,18 +148,16 @@ class AttentionDecoder(nn.Module):
         dropout: float = 0.0,
     ) -> AttentionDecoder:  # fmt: skip
         """With soft cross attention to frames of the same width, and all else as it is: trained positions, GELU."""
-        return cls(
-            vocab, context, dim, heads, depth, cross=lambda: Soft(dim, heads), inner=inner, dropout=dropout
-        )  # fmt: skip
+        return cls(vocab, context, dim, heads, depth, inner=inner, dropout=dropout)
 
     @classmethod
     def usual(
         cls, vocab: int, dim: int = 256, heads: int = 4, depth: int = 6, inner: int = 2048, *, context: int = 5000,
-        dropout: float = 0.1,
+        cross: CrossMaker = Soft, dropout: float = 0.1,
     ) -> AttentionDecoder:  # fmt: skip
-        """That of hybrid CTC/attention recognisers: soft cross attention, sinusoids, ReLU, an output layer."""
+        """That of hybrid CTC/attention recognisers: sinusoids, ReLU, an output layer; any cross attention."""
         return cls(
-            vocab, context, dim, heads, depth, cross=lambda: Soft(dim, heads), inner=inner, positions=sinusoids,
+            vocab, context, dim, heads, depth, cross=cross, inner=inner, positions=sinusoids,
             scale=sqrt(dim), activation=nn.ReLU, output=nn.Linear(dim, vocab), dropout=dropout,
         )  # fmt: skip
 
@@ -151,7 +174,8 @@ class AttentionDecoder(nn.Module):
         if behind is not None:
             skip = memory.frames.mask.shape[1]
             cross = [state.then(other, skip) for state, other in zip(cross, behind.cross, strict=True)]
-        return DecoderState(cache, tuple(cross))
+        place = tuple(layer.cross.place(like.values) for layer in self.layers)
+        return DecoderState(cache, tuple(cross), place)
 
     def read(self, memory: Memory, cross: tuple[Any, ...]) -> tuple[Any, ...]:
         """What each layer has read [the `cross` of a state], and behind it the frames of `memory`."""
@@ -173,15 +197,15 @@ class AttentionDecoder(nn.Module):
         x = x if self.scale == 1.0 else x * self.scale
         x = x + self.positions[state.length[:, None] + torch.arange(tokens.shape[1], device=x.device)]
         x = dropped(x, self.dropout) if self.training else x
-        cache, cross = list(state.cache), list(state.cross)
+        cache, place = list(state.cache), list(state.place)
         rows: dict[Head, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            x, alignment, cache[i], cross[i] = layer(x, cache[i], cross[i])
+            x, alignment, cache[i], place[i] = layer(x, cache[i], state.cross[i], place[i])
             rows |= {head: alignment[:, head[1]] for head in heads if head[0] == i}
         frames = alignment.shape[-1]
         picked = [rows[head] for head in heads]
         seen = torch.stack(picked, 1) if picked else x.new_zeros(x.shape[0], 0, tokens.shape[1], frames)
-        return self.norm(x), seen, DecoderState(tuple(cache), tuple(cross))
+        return self.norm(x), seen, DecoderState(tuple(cache), state.cross, tuple(place))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden` [..., D] -> unnormalised scores of the next token [..., V]."""
@@ -190,17 +214,14 @@ class AttentionDecoder(nn.Module):
         return F.linear(hidden, self.embed.weight)
 
     def forced(
-        self, state: DecoderState, targets: Tensor, lengths: Tensor, *, sos: int, eos: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What is said of given texts: `targets` [B, U], of which the first `lengths` [B] count.
-
-        -> scores [B, U + 1, V] of the tokens [B, U + 1] that should come, the end behind them, and which of them count.
-        """
+        self, state: DecoderState, targets: Tensor, lengths: Tensor, *, sos: int, eos: int, heads: Sequence[Head] = ()
+    ) -> Forced:
+        """What is said of given texts `targets` [B, U], of which the first `lengths` [B] count, where `heads` look."""
         at = torch.arange(targets.shape[1] + 1, device=targets.device)
         targets = targets.where(at[:-1] < lengths[:, None], eos)
         end = targets.new_full((len(targets), 1), eos)
-        hidden, _, _ = self.step(torch.cat([torch.full_like(end, sos), targets], 1), state)
-        return self.logits(hidden), torch.cat([targets, end], 1), at <= lengths[:, None]
+        hidden, seen, _ = self.step(torch.cat([torch.full_like(end, sos), targets], 1), state, heads=heads)
+        return Forced(self.logits(hidden), torch.cat([targets, end], 1), at <= lengths[:, None], seen)
 
     def log_prob(self, memory: Memory, targets: Tensor, lengths: Tensor, *, sos: int, eos: int) -> Tensor:
         """Of texts and their ends [B * K]: of the first `lengths` [B * K] tokens of `targets` [B * K, U].
@@ -208,7 +229,7 @@ class AttentionDecoder(nn.Module):
         K texts look at each memory, in one pass.
         """
         beam = len(targets) // max(len(memory.frames.mask), 1)
-        scores, wanted, counts = self.forced(self.start(memory, beam=beam), targets, lengths, sos=sos, eos=eos)
+        scores, wanted, counts, _ = self.forced(self.start(memory, beam=beam), targets, lengths, sos=sos, eos=eos)
         scores = scores.log_softmax(-1, torch.promote_types(scores.dtype, torch.float32))
         return scores.gather(2, wanted[..., None])[..., 0].masked_fill(~counts, 0.0).sum(1)
 
@@ -226,6 +247,6 @@ class AttentionDecoder(nn.Module):
 
         A share `smoothing` of the wanted distribution is uniform over the vocabulary (arXiv 1512.00567, section 7).
         """
-        scores, wanted, counts = self.forced(self.start(memory), targets, lengths, sos=sos, eos=eos)
+        scores, wanted, counts, _ = self.forced(self.start(memory), targets, lengths, sos=sos, eos=eos)
         each = F.cross_entropy(scores.mT, wanted, reduction="none", label_smoothing=smoothing)
         return each.masked_fill(~counts, 0.0).sum(1)

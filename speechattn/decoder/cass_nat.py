@@ -133,7 +133,7 @@ class MixedBlock(nn.Module):
     def forward(self, x: Frames, memory: Memory) -> Frames:
         """`x` [B * K, U, D] over frames [B, T, D]."""
         x = self.attention(x)
-        seen, _ = self.cross.attend(self.norm(x.values), self.cross.read(memory))
+        seen, _ = self.cross.attend(self.norm(x.values), self.cross.read(memory), ())
         context = F.dropout(seen.context, self.dropout) if self.training and self.dropout else seen.context
         y: Frames = self.ff(Frames.finite(x.values + context, x.mask))
         return y

@@ -8,8 +8,9 @@ from torch import nn
 
 from speechattn.attention.pattern import Pattern
 from speechattn.attention.position import Position, Relative
+from speechattn.attention.self_attention import SelfAttention
 from speechattn.encoder.base import Encoder, PositionMaker, made
-from speechattn.encoder.layers import Half, Subsample, feed_forward, filters, self_attention
+from speechattn.encoder.layers import AttentionMaker, Half, Subsample, feed_forward, filters, self_attention
 from speechattn.frames import Frames
 from speechattn.stream import Parallel, Pointwise, Residual, Serial, Stream
 from speechattn.stream.parallel import both
@@ -37,14 +38,14 @@ class EBranchformerBlock(Serial):
     def __init__(
         self, dim: int, heads: int, inner: int, gate: int, span: Pattern, depthwise: Stream, merge: Stream, *,
         position: Position | None = None, macaron: bool = True, activation: Callable[[], nn.Module] = nn.SiLU,
-        dropout: float = 0.0,
+        dropout: float = 0.0, attention: AttentionMaker = SelfAttention,
     ) -> None:  # fmt: skip
         local = Serial(
             widen=Pointwise(nn.LayerNorm(dim), nn.Linear(dim, 2 * gate), nn.GELU()),
             gate=Gate(gate, depthwise),
             narrow=Pointwise(nn.Dropout(dropout), nn.Linear(gate, dim), nn.Dropout(dropout)),
         )
-        distant = self_attention(dim, heads, span, position=position, dropout=dropout)
+        distant = self_attention(dim, heads, span, position=position, dropout=dropout, attention=attention)
         parts: dict[str, Stream] = {}
         if inner and macaron:
             parts["macaron"] = feed_forward(dim, inner, activation=activation, dropout=dropout, scale=0.5)
@@ -66,14 +67,14 @@ class EBranchformer(Encoder):
         self, mels: int = 80, dim: int = 256, depth: int = 12, heads: int = 4, inner: int = 1024, *, span: Pattern,
         gate: int | None = None, kernel: int = 31, merge_kernel: int = 3, conv_right: int | None = 0,
         position: PositionMaker | None = Relative, factor: int = 4, dropout: float = 0.0,
-        subsample: Stream | None = None,
+        attention: AttentionMaker = SelfAttention, subsample: Stream | None = None,
     ) -> None:  # fmt: skip
         gate = gate or 3 * dim
         blocks = [
             EBranchformerBlock(
                 dim, heads, inner, gate, span, filters(gate, kernel, conv_right, span),
                 filters(2 * dim, merge_kernel, conv_right and min(conv_right, merge_kernel // 2), span),
-                position=made(position, dim, heads), dropout=dropout,
+                position=made(position, dim, heads), dropout=dropout, attention=attention,
             )
             for _ in range(depth)
         ]  # fmt: skip

@@ -8,8 +8,9 @@ from torch import nn
 
 from speechattn.attention.pattern import Pattern
 from speechattn.attention.position import Position, Relative
+from speechattn.attention.self_attention import SelfAttention
 from speechattn.encoder.base import Encoder, PositionMaker, made
-from speechattn.encoder.layers import Subsample, convolution, feed_forward, filters, self_attention
+from speechattn.encoder.layers import AttentionMaker, Subsample, convolution, feed_forward, filters, self_attention
 from speechattn.stream import Pointwise, Residual, Serial, Stream
 
 __all__ = ["Conformer", "ConformerBlock"]
@@ -25,12 +26,15 @@ class ConformerBlock(Serial):
         self, dim: int, heads: int, inner: int, span: Pattern, depthwise: Stream | None, *,
         position: Position | None = None, key_heads: int | None = None, macaron: bool = True,
         norm: nn.Module | None = None, activation: Callable[[], nn.Module] = nn.SiLU, dropout: float = 0.0,
+        attention: AttentionMaker = SelfAttention,
     ) -> None:  # fmt: skip
-        attention = self_attention(dim, heads, span, position=position, key_heads=key_heads, dropout=dropout)
+        distant = self_attention(
+            dim, heads, span, position=position, key_heads=key_heads, dropout=dropout, attention=attention
+        )
         parts: dict[str, Stream] = {}
         if macaron:
             parts["macaron"] = feed_forward(dim, inner, activation=activation, dropout=dropout, scale=0.5)
-        parts["attention"] = Residual(attention)
+        parts["attention"] = Residual(distant)
         if depthwise:
             mixed = convolution(dim, depthwise, norm=norm, activation=activation, dropout=dropout)
             parts["convolution"] = Residual(mixed)
@@ -51,12 +55,12 @@ class Conformer(Encoder):
         self, mels: int = 80, dim: int = 256, depth: int = 12, heads: int = 4, inner: int = 2048, *, span: Pattern,
         kernel: int = 15, conv_right: int | None = 0, position: PositionMaker | None = Relative,
         key_heads: int | None = None, macaron: bool = True, factor: int = 4, dropout: float = 0.0,
-        subsample: Stream | None = None,
+        attention: AttentionMaker = SelfAttention, subsample: Stream | None = None,
     ) -> None:  # fmt: skip
         blocks = [
             ConformerBlock(
                 dim, heads, inner, span, filters(dim, kernel, conv_right, span), position=made(position, dim, heads),
-                key_heads=key_heads, macaron=macaron, dropout=dropout,
+                key_heads=key_heads, macaron=macaron, dropout=dropout, attention=attention,
             )
             for _ in range(depth)
         ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,13 @@ from speechattn.frames import Frames
 from speechattn.linear import activated, bare, dropped, linear, plain, product, run
 from speechattn.stream import Buffer, Plan, Pointwise, Residual, Serial, Sliding, Stream
 
-__all__ = ["ChunkDepthwise", "Conv2d", "Depthwise", "Every", "FeedForward", "Half", "Stack", "Subsample", "convolution",
-           "feed_forward", "filters", "self_attention"]  # fmt: skip
+__all__ = [
+    "AttentionMaker", "ChunkDepthwise", "Conv2d", "Depthwise", "Every", "FeedForward", "Half", "Stack", "Subsample",
+    "convolution", "feed_forward", "filters", "self_attention",
+]  # fmt: skip
+
+# From width, heads and span; and by name position, key_heads, norm, dropout.
+AttentionMaker = Callable[[int, int, Pattern], Stream]
 
 SUBSAMPLING = {2: ((3, 2),), 4: ((3, 2), (3, 2)), 6: ((3, 2), (5, 3)), 8: ((3, 2), (3, 2), (3, 2))}  # kernel, stride
 
@@ -205,12 +210,18 @@ class Subsample(Serial):
 
 def self_attention(
     dim: int, heads: int, span: Pattern, *, position: Position | None = None, key_heads: int | None = None,
-    group: int = 1, dropout: float = 0.0,
-) -> SelfAttention:  # fmt: skip
-    """Attention behind a norm."""
-    return SelfAttention(
-        dim, heads, span, position=position, key_heads=key_heads, group=group, norm=nn.LayerNorm(dim), dropout=dropout
-    )
+    group: int = 1, dropout: float = 0.0, attention: AttentionMaker = SelfAttention,
+) -> Stream:  # fmt: skip
+    """Attention of one kind behind a norm. ValueError for an argument that this kind does not have."""
+    asked = {"position": position, "key_heads": key_heads, "group": None if group == 1 else group}
+    given = {name: value for name, value in asked.items() if value is not None}
+    maker = cast(Callable[..., Stream], attention)
+    try:
+        return maker(dim, heads, span, norm=nn.LayerNorm(dim), dropout=dropout, **given)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"{error}: what this attention does not take is left out, or null") from error
 
 
 class FeedForward(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from speechattn import tree
 from speechattn.attention.self_attention import AttentionState
 from speechattn.decoder.attention import AttentionDecoder, DecoderState
 from speechattn.frames import Frames, Memory
@@ -51,10 +52,11 @@ class Caches:
 class AttentionScores:
     """What the decoder has read, of the frames (`cross`) and of the tokens (`caches`); `last` [B, K] is to be read.
 
-    `cross` has one row for the K hypotheses.
+    `cross` has one row for the K hypotheses; `places` [B, K, ...] is where they stand in it.
     """
 
     cross: tuple[Any, ...]
+    places: tuple[Any, ...]
     caches: tuple[Caches, ...]
     last: Tensor
 
@@ -80,7 +82,8 @@ class AttentionScorer:
         begun = self.decoder.start(Memory.of(x[:0]))
         caches = tuple(Caches(c.past.values[:, None], c.past.mask) for c in begun.cache)
         last = torch.full((len(x.mask), 1), self.sos, dtype=torch.long, device=x.mask.device)
-        return AttentionScores(begun.cross, caches, last)
+        places = tree.map(lambda leaf: leaf[:, None], begun.place)
+        return AttentionScores(begun.cross, places, caches, last)
 
     def read(self, x: Frames, state: AttentionScores) -> AttentionScores:
         old = tuple(cross.trimmed() if hasattr(cross, "trimmed") else cross for cross in state.cross)
@@ -93,12 +96,14 @@ class AttentionScorer:
         waiting = state.caches[0].values.new_zeros(rows * beam, 0, self.decoder.dim)
         sinks = Buffer(waiting, there[:, :0])
         past = tuple(AttentionState(waiting, Buffer(c.values.flatten(0, 1), there), sinks) for c in state.caches)
-        hidden, _, after = self.decoder.step(state.last.view(-1, 1), DecoderState(past, state.cross))
+        place = tree.map(lambda leaf: leaf.flatten(0, 1), state.places)
+        hidden, _, after = self.decoder.step(state.last.view(-1, 1), DecoderState(past, state.cross, place))
         scores = self.decoder.logits(hidden[:, 0])
         mask = F.pad(state.caches[0].mask, [0, 1], value=True)
         caches = tuple(Caches(c.past.values.view(rows, beam, *c.past.values.shape[1:]), mask) for c in after.cache)
         scores = scores.log_softmax(-1, torch.promote_types(scores.dtype, torch.float32))
-        return scores.view(rows, beam, -1), replace(state, caches=caches)
+        places = tree.map(lambda leaf: leaf.unflatten(0, (rows, beam)), after.place)
+        return scores.view(rows, beam, -1), replace(state, places=places, caches=caches)
 
     def extend(self, state: AttentionScores, parents: Tensor, tokens: Tensor) -> AttentionScores:
         return replace(self.select(state, parents), last=tokens)
@@ -111,4 +116,5 @@ class AttentionScorer:
             return values.flatten(0, 1).index_select(0, at.view(-1)).view(*at.shape, *values.shape[2:])
 
         caches = tuple(replace(cache, values=picked(cache.values)) for cache in state.caches)
-        return replace(state, caches=caches, last=state.last.gather(1, parents))
+        places = tree.map(picked, state.places)
+        return replace(state, places=places, caches=caches, last=state.last.gather(1, parents))

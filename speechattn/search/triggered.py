@@ -103,6 +103,9 @@ class TriggeredBeam(CTCPrefixBeam):
         if not 0 < weight <= 1 or ahead < 0:
             raise ValueError(f"{ahead} frames ahead, and a weight of {weight} for CTC, which has a say in what is said")
         self.ctc, self.decoder, self.sos, self.eos = ctc, decoder, sos, eos
+        self.nowhere = tuple(layer.cross.place(decoder.embed.weight[:1]) for layer in decoder.layers)
+        if tree.leaves(self.nowhere):
+            raise ValueError("the triggered search needs cross attention that remembers no place")
         self.ahead, self.share = ahead, weight
         self.other = (1 - weight) / weight  # what `bonus` counts; a score is `share` times total and bonus
 
@@ -245,7 +248,7 @@ class TriggeredBeam(CTCPrefixBeam):
             AttentionState(waiting, Buffer(x.flatten(0, 1), there), Buffer(waiting, there[:, :0]))
             for x in listeners.values
         )
-        hidden, _, behind = self.decoder.step(listeners.last.view(-1, 1), DecoderState(past, cross))
+        hidden, _, behind = self.decoder.step(listeners.last.view(-1, 1), DecoderState(past, cross, self.nowhere))
         scores = self.decoder.logits(hidden[:, 0])
         scores = scores.log_softmax(-1, torch.promote_types(scores.dtype, torch.float32))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Whisper(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = AttentionDecoder(
             config.vocab, config.text_context, config.decoder_dim, config.decoder_heads, config.decoder_layers,
-            cross=lambda: Soft(config.decoder_dim, config.decoder_heads, key_bias=False),
+            cross=partial(Soft, key_bias=False),
         )  # fmt: skip
 
         self._silence: DecoderState | None = None
