@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from speechattn.attention import Alibi, Blocks, Bucketed, Relative, Rotary, SelfAttention, Span
+from speechattn.attention.blocks import Blockwise
+from speechattn.attention.linear import Causal
+from speechattn.attention.prefill import Prefill
 from speechattn.attention.self_attention import Spanned
 from speechattn.audio.normal import GlobalCMVN
 from speechattn.audio.spectrum import CentredLogMel, KaldiFbank, LogMel
@@ -38,7 +41,7 @@ from speechattn.stream import (
 )  # fmt: skip
 
 D = 8
-BASES = {Stream, Planned, Sliding, Spanned}
+BASES = {Stream, Planned, Sliding, Spanned, Causal, Blockwise, Prefill}
 
 
 def lively(stream: Stream) -> Stream:

@@ -131,8 +131,8 @@ class Relative(Position):
             sample = weight.diagonal()
             if kept is not None and kept[0] == key and torch.equal(kept[1], sample) and torch.equal(kept[2], self.v):
                 return kept[3]
-        table = self.linear(sinusoids(distances, self.dim, like.dtype, like.device)) / sqrt(self.dim // self.heads)
-        rows = table.view(len(distances), self.heads, self.dim // self.heads).permute(1, 2, 0).contiguous()
+        table = self.linear(sinusoids(distances, self.dim, like.dtype, like.device)) / sqrt(self.u.shape[1])
+        rows = table.view(len(distances), *self.u.shape).permute(1, 2, 0).contiguous()
         found = rows, self.v[:, None] @ rows
         self._rows = (key, sample.clone(), self.v.detach().clone(), found) if sample is not None else None
         return found

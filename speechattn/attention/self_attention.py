@@ -51,7 +51,7 @@ def separated(network: nn.Module) -> dict[str, Tensor]:
     for name, module in network.named_modules():
         if isinstance(module, SelfAttention):
             at = f"{name}." if name else ""
-            sizes = [module.dim, *2 * [module.dim * module.key_heads // module.heads]]
+            sizes = [module.heads * module.width, *2 * [module.key_heads * module.width]]
             for kind in ("weight", "bias"):
                 parts = tensors.pop(f"{at}qkv.{kind}").split(sizes)
                 tensors |= {f"{at}{p}.{kind}": t for p, t in zip(("query", "key", "value"), parts, strict=True)}
@@ -91,22 +91,25 @@ class SelfAttention(Spanned):
 
     `key_heads` fewer than `heads` are shared by groups of query heads (arXiv 2305.13245). `group` > 1 puts so many
     neighbours into one wider frame (Efficient Conformer, arXiv 2109.01163, section 3.2); the span counts those.
+    A head is `width` features wide, by default its share of `dim`: so a layer may have any number of heads.
     """
 
     def __init__(
         self, dim: int, heads: int, span: Pattern, *, position: Position | None = None, key_heads: int | None = None,
         group: int = 1, norm: nn.Module | None = None, dropout: float = 0.0, backend: str = "auto",
+        width: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         key_heads = key_heads or heads
-        if dim * group % heads or dim % heads or heads % key_heads:
+        if (width is None and dim % heads) or heads % key_heads:
             raise ValueError(f"{dim} features, {heads} heads, {key_heads} key heads: they do not divide")
         self.dim, self.heads, self.key_heads, self.group, self.backend = dim, heads, key_heads, group, backend
+        self.width = dim // heads if width is None else width
         self.span: Pattern = span
         self.position = position
         self.norm = norm
-        self.qkv = nn.Linear(dim, dim + 2 * (dim * key_heads // heads))  # queries, then keys, then values
-        self.out = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, (heads + 2 * key_heads) * self.width)  # queries, then keys, then values
+        self.out = nn.Linear(heads * self.width, dim)
         self.dropout = dropout
 
     def scaled(self, span: Pattern) -> Pattern:
@@ -139,9 +142,9 @@ class SelfAttention(Spanned):
 
     def _state(self, x: Frames, late: int, history: int) -> AttentionState:
         """Room for so many waiting queries and so much history, and nothing in it."""
-        rows, width = x.values.shape[0], self.dim * self.group
-        like = x.values.new_zeros(rows, 0, 2, self.key_heads, width // self.heads)
-        waiting = x.values.new_zeros(rows, late, width)
+        rows, width = x.values.shape[0], self.width * self.group
+        like = x.values.new_zeros(rows, 0, 2, self.key_heads, width)
+        waiting = x.values.new_zeros(rows, late, self.heads * width)
         return AttentionState(waiting, Buffer.empty(like, history), Buffer.empty(like, self.span.sinks))
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
@@ -170,31 +173,35 @@ class SelfAttention(Spanned):
         return y, AttentionState(waiting, kept, self._sunk(past, kept, state.sinks))
 
     def _project(self, x: Frames) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] -> queries [B, T, D], keys and values [B, T, 2, G, D / H], mask; all by group."""
+        """x [B, T, D] -> queries [B, T, H * width], keys and values [B, T, 2, G, width], mask; all by group."""
         b, frames = x.mask.shape
         y = run(self.qkv, x.values if self.norm is None else self.norm(x.values))
-        q, kv, mask, group = y[..., : self.dim], y[..., self.dim :], x.mask[:, :: self.group], self.group
-        shared, width = self.dim * self.key_heads // self.heads, self.dim * group // self.heads
+        own, shared, group = self.heads * self.width, self.key_heads * self.width, self.group
+        q, kv, mask = y[..., :own], y[..., own:], x.mask[:, ::group]
         kv = kv.view(b, frames, 2, shared)
         if group > 1:
-            q = q.reshape(b, frames // group, self.dim * group)
+            q = q.reshape(b, frames // group, own * group)
             kv = kv.view(b, frames // group, group, 2, shared).transpose(2, 3) * mask[..., None, None, None]
-        return q, kv.reshape(b, frames // group, 2, self.key_heads, width), mask
+        return q, kv.reshape(b, frames // group, 2, self.key_heads, self.width * group), mask
 
     def _attend(self, queries: Tensor, past: Buffer, sinks: Buffer, late: int) -> Tensor:
-        """Queries [B, T, D] that are `late` frames behind the newest keys -> [B, T, D], ungrouped and projected."""
+        """Queries [B, T, H * width], `late` frames behind the newest keys -> [B, T, D], ungrouped and projected."""
+        out = run(self.out, self._looked(self.span, queries, past, sinks, late))
+        return dropped(out, self.dropout) if self.training else out
+
+    def _looked(self, span: Pattern, queries: Tensor, past: Buffer, sinks: Buffer, late: int) -> Tensor:
+        """The same as `span` allows, before the projection [B, T, H * width]."""
         keys, valid = past.values, past.mask
-        if end := self.span.right - late:  # the last query does not see farther
+        if end := span.right - late:  # the last query does not see farther
             keys, valid = keys[:, :end], valid[:, :end]
         if sinks.mask.shape[1]:
             keys, valid = torch.cat([sinks.values, keys], 1), torch.cat([sinks.mask, valid], 1)
         b, frames, width = queries.shape
         q = queries.reshape(b, frames, self.heads, width // self.heads).transpose(1, 2)
         k, v = keys.permute(2, 0, 3, 1, 4).unbind()
-        backend = choose(q, self.span, self.position, self.backend)
-        y = backend(q, k, v, pattern=self.span, valid=valid, position=self.position)
-        out = run(self.out, y.transpose(1, 2).reshape(b, frames * self.group, self.dim))
-        return dropped(out, self.dropout) if self.training else out
+        backend = choose(q, span, self.position, self.backend)
+        y = backend(q, k, v, pattern=span, valid=valid, position=self.position)
+        return y.transpose(1, 2).reshape(b, frames * self.group, self.heads * self.width)
 
     def _sunk(self, past: Buffer, kept: Buffer, sinks: Buffer) -> Buffer:
         """The first valid frames of the row, as far as they left the history that is kept."""

@@ -17,6 +17,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands; abbreviations of options are not accepted, so that a typo is an error."""
     from speechattn.cli import (
         align,
+        attention,
         demo,
         doctor,
         evaluate,
@@ -32,7 +33,20 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="speechattn", description="Speech attention that streams.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"speechattn {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (transcribe, stream, align, prepare, tokenizer, fit, export, evaluate, score, demo, doctor):
+    for module in (
+        transcribe,
+        stream,
+        align,
+        attention,
+        prepare,
+        tokenizer,
+        fit,
+        export,
+        evaluate,
+        score,
+        demo,
+        doctor,
+    ):
         module.add_parser(commands)
     return top
 

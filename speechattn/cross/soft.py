@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 
 import torch
@@ -64,11 +64,18 @@ class SoftState:
 
 
 class Soft(nn.Module):
-    """Every token may look at every valid frame; a row without a valid frame gets a zero context."""
+    """Every token may look at every valid frame; a row without a valid frame gets a zero context.
 
-    def __init__(self, dim: int, heads: int, *, key_bias: bool = True) -> None:
+    `normaliser` makes, from the number of heads, what turns scores into weights (`attention.entmax`); by default it is
+    the softmax.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, *, key_bias: bool = True, normaliser: Callable[[int], nn.Module] | None = None
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.normaliser = normaliser(heads) if normaliser else None
         self.query, self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim, bias=key_bias)
 
@@ -89,19 +96,27 @@ class Soft(nn.Module):
 
         With K times as many rows as were read, row b * K + k looks at memory b, which is not copied for it.
         """
+        return self._seen(query, read), ()
+
+    def _seen(self, query: Tensor, read: SoftState) -> Attended:
         if len(query) != len(read.mask):
-            return self._shared(query, read), ()
+            return self._shared(query, read)
         q = self._split(run(self.query, query)) / sqrt(query.shape[-1] // self.heads)
-        valid = read.mask[:, None, None]
-        scores = (q @ read.key.transpose(-1, -2)).masked_fill(~valid, -torch.inf)
-        weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).masked_fill(~valid, 0.0).to(q.dtype)
+        weights = self.weigh(q @ read.key.transpose(-1, -2), read.mask[:, None, None])
         context = run(self.out, (weights @ read.value).transpose(1, 2).flatten(2))
-        return Attended(context, weights, weights, weights.new_zeros(weights.shape[:3], dtype=torch.bool)), ()
+        return Attended(context, weights, weights, weights.new_zeros(weights.shape[:3], dtype=torch.bool))
+
+    def weigh(self, scores: Tensor, seen: Tensor) -> Tensor:
+        """Scores [B, H, U, T] -> weights over the frames that are `seen` (it broadcasts); zeros where none is."""
+        if self.normaliser is not None:
+            return self.normaliser(scores, seen)  # type: ignore[no-any-return]
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1, wide).masked_fill(~seen, 0.0).to(scores.dtype)
 
     def _shared(self, query: Tensor, state: SoftState) -> Attended:
         """The K * U queries of a memory side by side: to soft attention they are nothing but queries."""
         n, tokens, rows = len(query), query.shape[1], len(state.mask)
-        seen, _ = self.attend(query.reshape(rows, n // rows * tokens, -1), state, ())
+        seen = self._seen(query.reshape(rows, n // rows * tokens, -1), state)
         weights = (
             seen.weights.view(rows, self.heads, n // rows, tokens, state.mask.shape[1]).transpose(1, 2).flatten(0, 1)
         )

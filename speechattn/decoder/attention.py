@@ -108,6 +108,10 @@ class AttentionDecoder(nn.Module):
     `cross` makes a layer's attention to the frames, from width and heads.
     Without an `output` layer the embedding's own weights score the next token.
 
+    `memory_positions` makes a row for each of `memory_context` frames, which is added to the valid frame that has this
+    number since `start`, before anything attends to it: who has learnt with segments needs no edges of the recording to
+    know where in it he is (arXiv 2512.14652). More frames are refused.
+
     Law: reading tokens one by one equals reading them at once. Attention is a return value: `step` gives the
     alignment of the (layer, head) pairs it is asked for.
     """
@@ -117,16 +121,15 @@ class AttentionDecoder(nn.Module):
         cross: CrossMaker = Soft, inner: int | None = None,
         positions: Callable[[int, int], Tensor] = learned, scale: float = 1.0,
         activation: Callable[[], nn.Module] = nn.GELU, output: nn.Module | None = None, dropout: float = 0.0,
+        memory_positions: Callable[[int, int], Tensor] | None = None, memory_context: int = 3000,
     ) -> None:  # fmt: skip
         super().__init__()
         self.dim, self.heads, self.context, self.vocab, self.scale = dim, heads, context, vocab, scale
         self.embed = nn.Embedding(vocab, dim)
         self.positions: Tensor
-        table = positions(context, dim)
-        if isinstance(table, nn.Parameter):
-            self.positions = table
-        else:
-            self.register_buffer("positions", table, persistent=False)
+        self.memory_positions: Tensor | None
+        self._table("positions", positions(context, dim))
+        self._table("memory_positions", memory_positions(memory_context, dim) if memory_positions else None)
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
             DecoderLayer(
                 dim,
@@ -142,6 +145,13 @@ class AttentionDecoder(nn.Module):
         self.output = output
         self.dropout = dropout
 
+    def _table(self, name: str, table: Tensor | None) -> None:
+        """A parameter, or what needs not be saved."""
+        if isinstance(table, nn.Parameter):
+            setattr(self, name, table)
+        else:
+            self.register_buffer(name, table, persistent=False)
+
     @classmethod
     def soft(
         cls, vocab: int, context: int, dim: int, heads: int, depth: int, *, inner: int | None = None,
@@ -153,12 +163,13 @@ class AttentionDecoder(nn.Module):
     @classmethod
     def usual(
         cls, vocab: int, dim: int = 256, heads: int = 4, depth: int = 6, inner: int = 2048, *, context: int = 5000,
-        cross: CrossMaker = Soft, dropout: float = 0.1,
+        cross: CrossMaker = Soft, dropout: float = 0.1, memory_positions: Callable[[int, int], Tensor] | None = None,
     ) -> AttentionDecoder:  # fmt: skip
         """That of hybrid CTC/attention recognisers: sinusoids, ReLU, an output layer; any cross attention."""
         return cls(
             vocab, context, dim, heads, depth, cross=cross, inner=inner, positions=sinusoids,
             scale=sqrt(dim), activation=nn.ReLU, output=nn.Linear(dim, vocab), dropout=dropout,
+            memory_positions=memory_positions,
         )  # fmt: skip
 
     def start(self, memory: Memory, *, behind: DecoderState | None = None, beam: int = 1) -> DecoderState:
@@ -170,6 +181,7 @@ class AttentionDecoder(nn.Module):
         if beam > 1:
             like = Frames(like.values.repeat_interleave(beam, 0), like.mask.repeat_interleave(beam, 0))
         cache = tuple(layer.self_attention.init_state(like) for layer in self.layers)
+        memory = self._placed(memory, None)
         cross = [layer.cross.read(memory) for layer in self.layers]
         if behind is not None:
             skip = memory.frames.mask.shape[1]
@@ -179,7 +191,19 @@ class AttentionDecoder(nn.Module):
 
     def read(self, memory: Memory, cross: tuple[Any, ...]) -> tuple[Any, ...]:
         """What each layer has read [the `cross` of a state], and behind it the frames of `memory`."""
+        memory = self._placed(memory, cross)
         return tuple(old.then(layer.cross.read(memory), 0) for layer, old in zip(self.layers, cross, strict=True))
+
+    def _placed(self, memory: Memory, cross: tuple[Any, ...] | None) -> Memory:
+        """The frames with their positions, behind those that were read before."""
+        table, x = self.memory_positions, memory.frames
+        if table is None:
+            return memory
+        before = cross[0].mask.sum(1, keepdim=True) if cross else 0
+        at = (before + x.mask.cumsum(1) - 1).clamp(min=0)
+        if at.numel() and int(at.max()) >= len(table):
+            raise ValueError(f"{int(at.max()) + 1} frames do not fit into the decoder's {len(table)} memory positions")
+        return replace(memory, frames=Frames.of(x.values + table[at], x.mask))
 
     def step(
         self, tokens: Tensor, state: DecoderState, *, heads: Sequence[Head] = ()

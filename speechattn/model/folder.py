@@ -12,6 +12,7 @@ from torch import nn
 from speechattn.audio.resample import HIGHEST_RATE, LOWEST_RATE
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
+from speechattn.decoder.segmental import Segmental
 from speechattn.decoder.transducer import Transducer
 from speechattn.errors import ModelError
 from speechattn.frames import Frames
@@ -79,6 +80,7 @@ def says(head: nn.Module) -> int | None:
         return head.head.out_features
     if isinstance(head, Transducer):
         return head.joint.out.out_features
+    head = head.decoder if isinstance(head, Segmental) else head
     return head.vocab if isinstance(head, AttentionDecoder) else None
 
 

@@ -16,8 +16,10 @@ from speechattn.search.ctc_prefix import CTCPrefixScorer
 from speechattn.search.headed import Headed
 from speechattn.search.joint import JointBeam
 from speechattn.search.length import LengthBonus
+from speechattn.search.monotonic import MonotonicBeam
 from speechattn.search.phrases import Phrases, PhraseScorer
 from speechattn.search.rescoring import Rescored
+from speechattn.search.segmental import SegmentalBeam, TimeSynchronousBeam
 from speechattn.search.transducer import TransducerBeam, TransducerGreedy
 from speechattn.search.triggered import TriggeredBeam
 from speechattn.text.pieces import Pieces
@@ -111,6 +113,46 @@ class ByAttention:
         return JointBeam(scorers, size, eos=end, most=MOST, never=sorted(tokenizer.special - {end}))
 
 
+class ByMonotonicHeads:
+    """Label by label, each as soon as monotonic heads have heard enough of it."""
+
+    needs: tuple[str, ...] = ("monotonic",)
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """With a reward for each token in a beam of more than one."""
+        if phrases is not None:
+            raise InputError("search monotonic takes no phrases")
+        end, bonus = ending(tokenizer), LENGTH_WEIGHT if size > 1 else 0.0
+        never = sorted(tokenizer.special - {end})
+        return MonotonicBeam(heads["monotonic"], size, sos=end, eos=end, bonus=bonus, never=never)
+
+
+class BySegments:
+    """Segment by segment: hypotheses compete where they have just ended one (arXiv 2210.14742)."""
+
+    needs: tuple[str, ...] = ("segmental",)
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """Length model and labels weigh alike."""
+        if phrases is not None:
+            raise InputError("search segmental takes no phrases")
+        end = ending(tokenizer)
+        return SegmentalBeam(heads["segmental"], size, sos=end, eos=end, never=tuple(tokenizer.special - {end}))
+
+
+class InTime:
+    """The same head, frame by frame: hypotheses compete whether a segment goes on or ends."""
+
+    needs: tuple[str, ...] = ("segmental",)
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """Length model and labels weigh alike."""
+        if phrases is not None:
+            raise InputError("search time_synchronous takes no phrases")
+        end = ending(tokenizer)
+        return TimeSynchronousBeam(heads["segmental"], size, sos=end, eos=end, never=tuple(tokenizer.special - {end}))
+
+
 class ByTriggers:
     """Frame by frame: CTC says when, and attention hears little further (arXiv 2001.02674)."""
 
@@ -145,8 +187,9 @@ def ending(tokenizer: Pieces) -> int:
 
 
 SEARCHES: Mapping[str, Kind] = {
-    "transducer": ByTransducer(), "joint": Jointly(), "ctc": ByCTC(), "rescored": InTwoPasses(),
-    "triggered": ByTriggers(), "cass_nat": AtOnce(), "attention": ByAttention(),
+    "transducer": ByTransducer(), "joint": Jointly(), "monotonic": ByMonotonicHeads(), "segmental": BySegments(),
+    "ctc": ByCTC(), "rescored": InTwoPasses(), "triggered": ByTriggers(), "time_synchronous": InTime(),
+    "cass_nat": AtOnce(), "attention": ByAttention(),
 }  # fmt: skip
 
 

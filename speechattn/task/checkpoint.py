@@ -264,13 +264,18 @@ def unpacked(about: Mapping[str, Any], folder: Path) -> Pieces:
 def start_from(model: Recognizer, path: Path, plugins: Sequence[str] = ()) -> list[str]:
     """Give `model` the weights at `path`, a model folder or a checkpoint, wherever name and shape are the same.
 
-    Returns the names of tensors that keep their own: heads of another vocabulary, say. InputError when the encoder's
-    are not all there, for then it is another model.
+    Returns the names of tensors that keep their own: heads of another vocabulary, say, or gates. InputError when the
+    encoder's are not all there, for then it is another model.
     """
     theirs, mine = weights_of(path, plugins), model.state_dict()
     fits = {name: t for name, t in theirs.items() if name in mine and mine[name].shape == t.shape}
     missing = [name for name in mine if name not in fits]
-    if wrong := [name for name in missing if name.startswith(("encoder.", "front_end."))]:
+    if wrong := [name for name in missing if name.startswith(("encoder.", "front_end.")) and not gate(name)]:
         raise InputError(f"{path}: another encoder: {len(wrong)} of its tensors do not fit, {wrong[0]} for one")
     model.load_state_dict(fits, strict=False)
     return missing
+
+
+def gate(name: str) -> bool:
+    """A tensor that only a model with gates has, which a usual one can become."""
+    return name.endswith((".gates", ".gates.logits"))

@@ -23,8 +23,8 @@ def dense(layer: SelfAttention, x: Frames) -> Frames:
 
 def row(layer: SelfAttention, x: Tensor, mask: Tensor) -> Tensor:
     """One row [T, D]."""
-    dim, frames, group, width = layer.dim, len(x), layer.group, layer.dim * layer.group // layer.heads
-    shared = dim * layer.key_heads // layer.heads
+    frames, group, width = len(x), layer.group, layer.width * layer.group
+    own, shared = layer.heads * layer.width, layer.key_heads * layer.width
     if not frames:
         return x
     spare = -frames % group
@@ -33,7 +33,7 @@ def row(layer: SelfAttention, x: Tensor, mask: Tensor) -> Tensor:
     valid = torch.cat([mask, mask.new_zeros(spare)])[::group].tolist()
     q, k, v = (
         (padded @ layer.qkv.weight[rows].T + layer.qkv.bias[rows]).reshape(len(valid), -1, width)
-        for rows in (slice(dim), slice(dim, dim + shared), slice(dim + shared, None))
+        for rows in (slice(own), slice(own, own + shared), slice(own + shared, None))
     )
     share = layer.heads // layer.key_heads
     order = [j for j, there in enumerate(valid) if there]
@@ -45,7 +45,7 @@ def row(layer: SelfAttention, x: Tensor, mask: Tensor) -> Tensor:
             if seen:
                 scores = torch.stack([score(layer.position, q[i, h], k[j, h // share], h, d) for j, d in seen])
                 out[i, h] = torch.einsum("n,nd->d", scores.softmax(0), v[[j for j, _ in seen], h // share])
-    y: Tensor = layer.out(out.reshape(-1, layer.dim)[:frames])
+    y: Tensor = layer.out(out.reshape(-1, own)[:frames])
     return y
 
 

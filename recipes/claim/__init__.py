@@ -1,0 +1,1 @@
+"""What the claims of papers are tried with: small models, synthetic strings of digits."""

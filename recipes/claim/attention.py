@@ -1,0 +1,40 @@
+"""The recognisers whose decoders are compared: one encoder, and heads that look at its frames in different ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from claim.strings import MELS, tokenizer
+from claim.training import recogniser
+from speechattn.attention import Span
+from speechattn.cross import CrossMaker
+from speechattn.cross.soft import Soft
+from speechattn.decoder.attention import AttentionDecoder
+from speechattn.decoder.ctc import CTC
+from speechattn.encoder import Conformer
+from speechattn.encoder.layers import Subsample
+from speechattn.model import Recognizer
+from speechattn.task.objectives import CTCObjective, Objective
+
+__all__ = ["DIM", "FRAME_S", "VOCAB", "decoder", "local", "objectives"]
+
+DIM, VOCAB, FRAME_S = 96, tokenizer().size, 0.04
+
+
+def local(heads: dict[str, nn.Module], *, chunk: int = 8) -> Recognizer:
+    """Four Conformer blocks that hear chunks of `chunk` frames of 40 ms, 16 frames before them, and CTC."""
+    front = Subsample(MELS, DIM, factor=4, channels=24)
+    encoder = Conformer(MELS, DIM, 4, 4, 192, span=Span.chunked(16, chunk), kernel=9, subsample=front)
+    return recogniser(encoder, {"ctc": CTC(DIM, VOCAB), **heads})
+
+
+def decoder(depth: int = 2, cross: CrossMaker = Soft) -> AttentionDecoder:
+    """Layers of width 96 with four heads."""
+    return AttentionDecoder.usual(VOCAB, DIM, 4, depth, 192, cross=cross, dropout=0.1)
+
+
+def objectives(*others: Objective) -> Sequence[Objective]:
+    """With CTC beside them, as recognisers are trained."""
+    return [CTCObjective(0.3), *others]
