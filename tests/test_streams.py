@@ -65,11 +65,11 @@ def test_no_stream_is_forgotten() -> None:
 
 
 # Whisper's front-end is a CentredLogMel with its numbers; the first three are no streams that could be cut (and the
-# length of what `Whole` gives depends on the data). A
-# `StandIn` answers for another stream in an analysis. The others have the laws, and an oracle, in a file of their own.
+# length of what `Whole` gives depends on the data). `StandIn`
+# answers for another stream in an analysis. The others have the laws, and an oracle, in a file of their own.
 ELSEWHERE: dict[type, str] = {
-    FrontEnd: "test_whisper.py", whisper.Encoder: "test_whisper.py", Whole: "test_espnet_model.py", StandIn: "test_streams.py",
-    SparseSelfAttention: "test_entmax.py", GatedSelfAttention: "test_gates.py", DuoAttention: "test_duo.py",
+    FrontEnd: "test_whisper.py", whisper.Encoder: "test_whisper.py", Whole: "test_espnet_model.py",
+    StandIn: "test_streams.py", SparseSelfAttention: "test_entmax.py", GatedSelfAttention: "test_gates.py", DuoAttention: "test_duo.py",
     Rolling: "test_duo.py", Divided: "test_duo.py", GatedEncoder: "test_pruning.py", PrunedEncoder: "test_pruning.py",
     SplitEncoder: "test_pruning.py", LightningAttention: "test_linear_attention.py",
     TaylorAttention: "test_linear_attention.py", Based: "test_linear_attention.py", Mega: "test_mega.py",

@@ -58,8 +58,8 @@ def report(results: Results) -> Section:
         f"Word error rate of greedy search in % on {one['words']} words, mean and standard deviation over the seeds; "
         f"four layers, {one['parameters']:,} parameters, frames of {FRAME_MS} ms.\n\n"
         + table(["frames before", "frames behind", "look-ahead of four layers", "WER %", "seeds"], rows)
-        + f"\n\nSixteen frames before instead of all cost {costs:+.2f} points. From no look-ahead to the whole utterance "
-        f"it is {gap:.2f} points; two frames a layer close {closed:.2f} of them."
+        + f"\n\nSixteen frames before instead of all cost {costs:+.2f} points. From no look-ahead to the whole "
+        f"utterance it is {gap:.2f} points; two frames a layer close {closed:.2f} of them."
     )
 
     def draw(figure: Any) -> None:

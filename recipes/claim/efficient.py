@@ -75,7 +75,8 @@ def report(results: Results) -> Section:
         f"Word error rate of greedy CTC in % on {results['conformer'][0]['words']} words; mean and standard deviation "
         "over the seeds.\n\n"
         + table(["encoder", "parameters", "WER %", "seeds"], rows)
-        + "\n\nTime of the encoder over four utterances, one thread, median of seven in turns; in brackets how many times "
+        + "\n\nTime of the encoder over four utterances, one thread, median of seven in turns; in "
+        "brackets how many times "
         "as fast as the Conformer.\n\n" + table(["encoder", *names], ratios)
     )
 

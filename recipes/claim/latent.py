@@ -22,7 +22,8 @@ def report(results: Results) -> Section:
         [SAID[p], spread(wer[p], 2), spread([one["ctc"] for one in results[p]], 2), str(len(wer[p]))] for p in POINTS
     ]
     text = (
-        f"Word error rate in % on {results['global'][0]['words']} words, a beam of four; mean and standard deviation over "
+        f"Word error rate in % on {results['global'][0]['words']} words, a beam of four; mean and "
+        f"standard deviation over "
         "the seeds. The CTC head beside it is greedy. Re-aligned: in the second half of the training the best segments "
         "by the head itself.\n\n" + table(["attention", "WER %", "its CTC head, WER %", "seeds"], rows)
     )

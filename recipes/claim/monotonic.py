@@ -93,13 +93,15 @@ def report(results: Results) -> Section:
         )
     soft, mocha = mean(one["wer"] for one in results["soft"]), mean(one["wer"] for one in results["mocha"])
     text = (
-        f"Word error rate in % on {results['soft'][0]['words']} words, a beam of {BEAM}, one decoder layer with four heads "
+        f"Word error rate in % on {results['soft'][0]['words']} words, a beam of {BEAM}, one decoder "
+        f"layer with four heads "
         "over the same encoder (chunks of 320 ms); mean and standard deviation over the seeds. `soft` sees the whole "
         "utterance; the others stream. `mma-L`: infinite lookback with HeadDrop 0.5 and L times average lagging and "
         "variance of heads, in frames. Late: how far behind the end of a word, as flite tells it, the last head stops, "
         "in strings that are right; what the encoder's chunk waits is not in it.\n\n"
         + table(["attention", "WER %", "late, s", "seeds"], rows)
-        + f"\n\nMoChA has {mocha - soft:+.2f} points more errors than offline soft attention, {100 * (mocha / soft - 1):+.0f} % "
+        + f"\n\nMoChA has {mocha - soft:+.2f} points more errors than offline soft attention, "
+        f"{100 * (mocha / soft - 1):+.0f} % "
         "of its errors."
     )
 

@@ -62,7 +62,7 @@ def report(results: Results) -> Section:
     models = [name for name in SPANS if name in results]
     said = {"full": "whole utterance", "restricted": "10 frames on each side", "chunked": "chunks of 16, 16 before"}
     errors = [
-        [said[name], spread([one["wer"] for one in results[name]], 2), spread([one["wer_10"] for one in results[name]], 2),
+        [said[name], *(spread([one[key] for one in results[name]], 2) for key in ("wer", "wer_10")),
          str(len(results[name]))] for name in models
     ]  # fmt: skip
     costs = [
@@ -71,7 +71,8 @@ def report(results: Results) -> Section:
     ]
     growth = seconds[-1] / seconds[-2]
     grows = ", ".join(
-        f"{said[n]}: {times[n][-1] / times[n][-2]:.2f} times the time and {memory[n][-1] / memory[n][-2]:.2f} times the memory"
+        f"{said[n]}: {times[n][-1] / times[n][-2]:.2f} times the time and "
+        f"{memory[n][-1] / memory[n][-2]:.2f} times the memory"
         for n in models
     )
     one = results["full"][0]
@@ -79,7 +80,8 @@ def report(results: Results) -> Section:
         f"Word error rate of greedy CTC in % on {one['words']} words, and with ten strings in one utterance; mean and "
         f"standard deviation over the seeds; {one['parameters']:,} parameters.\n\n"
         + table(["attention", "WER %", "WER % of 10 in one", "seeds"], errors)
-        + "\n\nForward and backward of the encoder over one utterance, one thread: median time in ms, and by how many MiB "
+        + "\n\nForward and backward of the encoder over one utterance, one thread: median time in ms, "
+        "and by how many MiB "
         "the process grew.\n\n"
         + table(["sound", *(f"{n}, ms" for n in models), *(f"{n}, MiB" for n in models)], costs)
         + f"\n\nFrom {seconds[-2]} to {seconds[-1]} s ({growth:.0f} times the sound): {grows}."

@@ -72,7 +72,8 @@ def report(results: Results) -> Section:
     words = results["global"][0]["words"]
     text = (
         f"Word error rate in % on {words} words with so many strings in one utterance, a beam of {BEAM} with attention "
-        "alone (CTC is trained beside it, and gives the segmental head its alignment); mean and standard deviation over "
+        "alone (CTC is trained beside it, and gives the segmental head its alignment); mean and "
+        "standard deviation over "
         "three seeds. Training heard single strings.\n\n"
         + table(["attention", *(f"{n}x" for n in TIMES), "parameters"], rows)
     )

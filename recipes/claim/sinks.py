@@ -96,9 +96,10 @@ def report(results: Results) -> Section:
         for n in ("all", "window", "sinks")
     ]
     text = (
-        f"Word error rate of greedy CTC in % over one stream of {hours:.1f} h, chunks of {CHUNK} frames of 40 ms; mean and "
-        f"standard deviation over {len(runs)} trainings on strings of at most some seconds, with everything before in sight.\n\n"
-        + table(["the encoder sees", f"first {ALL_S // 60} min", "after that"], rows)
+        f"Word error rate of greedy CTC in % over one stream of {hours:.1f} h, chunks of {CHUNK} "
+        f"frames of 40 ms; mean and "
+        f"standard deviation over {len(runs)} trainings on strings of at most some seconds, with "
+        f"everything before in sight.\n\n" + table(["the encoder sees", f"first {ALL_S // 60} min", "after that"], rows)
     )
 
     def draw(figure: Any) -> None:

@@ -89,11 +89,13 @@ def report(results: Results) -> Section:
         ])  # fmt: skip
     one = results["sparse"][0]
     crosses = [a for r in results["sparse"] for a in r["cross_alpha"]]
+    head = ["attention", "WER %", "its CTC head, WER %", "alpha: deviation over heads", "alpha"]
+    head += ["frames with weight", "seeds"]
     text = (
-        f"Word error rate in % on {one['words']} words, a beam of {BEAM} with attention alone; mean and standard deviation "
+        f"Word error rate in % on {one['words']} words, a beam of {BEAM} with attention alone; mean "
+        f"and standard deviation "
         "over the seeds. Sixteen heads in the encoder, over the whole utterance; alpha began at 1.5 in each.\n\n"
-        + table(["attention", "WER %", "its CTC head, WER %", "alpha: deviation over heads", "alpha", "frames with weight",
-                 "seeds"], rows)
+        + table(head, rows)
         + f"\n\nAlphas of the decoder's heads: {min(crosses):.2f} to {max(crosses):.2f}."
     )  # fmt: skip
 
