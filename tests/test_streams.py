@@ -69,8 +69,8 @@ def test_no_stream_is_forgotten() -> None:
 # answers for another stream in an analysis. The others have the laws, and an oracle, in a file of their own.
 ELSEWHERE: dict[type, str] = {
     FrontEnd: "test_whisper.py", whisper.Encoder: "test_whisper.py", Whole: "test_espnet_model.py",
-    StandIn: "test_streams.py", SparseSelfAttention: "test_entmax.py", GatedSelfAttention: "test_gates.py", DuoAttention: "test_duo.py",
-    Rolling: "test_duo.py", Divided: "test_duo.py", GatedEncoder: "test_pruning.py", PrunedEncoder: "test_pruning.py",
+    StandIn: "test_streams.py", SparseSelfAttention: "test_entmax.py", GatedSelfAttention: "test_gates.py",
+    DuoAttention: "test_duo.py", Rolling: "test_duo.py", Divided: "test_duo.py", GatedEncoder: "test_pruning.py", PrunedEncoder: "test_pruning.py",
     SplitEncoder: "test_pruning.py", LightningAttention: "test_linear_attention.py",
     TaylorAttention: "test_linear_attention.py", Based: "test_linear_attention.py", Mega: "test_mega.py",
     MoBA: "test_selection.py", Quest: "test_selection.py", SampleAttention: "test_prefill.py",

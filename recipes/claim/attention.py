@@ -11,7 +11,7 @@ from claim.training import recogniser
 from speechattn.attention import Span
 from speechattn.cross import CrossMaker
 from speechattn.cross.soft import Soft
-from speechattn.decoder.attention import AttentionDecoder
+from speechattn.decoder.attention import AttentionDecoder, sinusoids
 from speechattn.decoder.ctc import CTC
 from speechattn.encoder import Conformer
 from speechattn.encoder.layers import Subsample
@@ -30,9 +30,13 @@ def local(heads: dict[str, nn.Module], *, chunk: int = 8) -> Recognizer:
     return recogniser(encoder, {"ctc": CTC(DIM, VOCAB), **heads})
 
 
-def decoder(depth: int = 2, cross: CrossMaker = Soft) -> AttentionDecoder:
-    """Layers of width 96 with four heads."""
-    return AttentionDecoder.usual(VOCAB, DIM, 4, depth, 192, cross=cross, dropout=0.1)
+def decoder(depth: int = 1, cross: CrossMaker = Soft, *, positions: bool = False) -> AttentionDecoder:
+    """Layers of width 96 with four heads; with `positions` it knows where in the utterance a frame is.
+
+    The encoder hears a second or two: it gives the same digit the same frames wherever it is said.
+    """
+    table = sinusoids if positions else None
+    return AttentionDecoder.usual(VOCAB, DIM, 4, depth, 192, cross=cross, dropout=0.1, memory_positions=table)
 
 
 def objectives(*others: Objective) -> Sequence[Objective]:

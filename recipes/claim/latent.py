@@ -9,9 +9,9 @@ from claim.report import Results, Section, spread, table
 from claim.segmental import run as run
 
 FOLDER = "segmental"  # whose trainings are these, too
-POINTS = {"global": 3, "segmental": 3, "window-own": 3, "hard-own": 1, "segmental-own": 1}
+POINTS = {"positions": 3, "segmental": 3, "window-own": 3, "hard-own": 1, "segmental-own": 1}
 SAID = {
-    "global": "global soft attention", "segmental": "segment, aligned by CTC", "window-own": "local window, re-aligned",
+    "positions": "global soft attention", "segmental": "segment, aligned by CTC", "window-own": "local window, re-aligned",
     "hard-own": "hard, re-aligned", "segmental-own": "segment, re-aligned",
 }  # fmt: skip
 
@@ -22,7 +22,7 @@ def report(results: Results) -> Section:
         [SAID[p], spread(wer[p], 2), spread([one["ctc"] for one in results[p]], 2), str(len(wer[p]))] for p in POINTS
     ]
     text = (
-        f"Word error rate in % on {results['global'][0]['words']} words, a beam of four; mean and "
+        f"Word error rate in % on {results['positions'][0]['words']} words, a beam of four; mean and "
         f"standard deviation over "
         "the seeds. The CTC head beside it is greedy. Re-aligned: in the second half of the training the best segments "
         "by the head itself.\n\n" + table(["attention", "WER %", "its CTC head, WER %", "seeds"], rows)

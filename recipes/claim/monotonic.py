@@ -52,7 +52,7 @@ def latency(point: str) -> Sequence[Latency]:
 def run(point: str, seed: int, data: Data) -> dict[str, Any]:
     torch.manual_seed(seed)
     if point == "soft":
-        model = local({"attention": decoder(1)})
+        model = local({"attention": decoder(positions=True)})
         done = train(model, objectives(AttentionObjective(0.7)), data, seed=seed, steps=STEPS)
         search: Search = model.search("attention", beam_size=BEAM)
     else:

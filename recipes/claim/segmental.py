@@ -20,7 +20,7 @@ from speechattn.search.segmental import SegmentalBeam
 from speechattn.task.objectives import AttentionObjective
 from speechattn.task.segmental import CTCAlignment, OwnAlignment, SegmentalObjective
 
-POINTS = {"global": 3, "segmental": 3}
+POINTS = {"positions": 3, "global": 3, "segmental": 3}
 TIMES = (1, 2, 4, 10, 20)
 STEPS, BEAM = 800, 4
 REALIGNED = STEPS // 2  # batches before the head aligns itself
@@ -36,8 +36,8 @@ def trained(point: str, seed: int, data: Data) -> tuple[Recognizer, Search, Trai
     """A model and how it is searched. A point that ends in `-own` aligns itself in the second half of the training."""
     torch.manual_seed(seed)
     kind = point.removesuffix("-own")
-    if kind == "global":
-        head: AttentionDecoder | Segmental = decoder(2)
+    if kind in ("global", "positions"):
+        head: AttentionDecoder | Segmental = decoder(2, positions=kind == "positions")
         model = local({"attention": head})
         done = train(model, objectives(AttentionObjective(0.7)), data, seed=seed, steps=STEPS)
         return model, model.search("attention", beam_size=BEAM), done
@@ -60,7 +60,7 @@ def run(point: str, seed: int, data: Data) -> dict[str, Any]:
 
 
 def report(results: Results) -> Section:
-    said = {"global": "global soft attention", "segmental": "segmental"}
+    said = {"positions": "global, frames have positions", "global": "global", "segmental": "segmental"}
     rows = [
         [
             said[p],

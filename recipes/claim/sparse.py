@@ -43,7 +43,7 @@ def run(point: str, seed: int, data: Data) -> dict[str, Any]:
     if point == "sparse, monotonic":
         name, cross = "monotonic", partial(InfiniteLookback, head_drop=0.5, offset=-2.0)
         objective: Objective = MonotonicObjective(0.7)
-    head = decoder(1, cross)
+    head = decoder(1, cross, positions=name == "attention")
     model = recogniser(encoder, {"ctc": CTC(DIM, VOCAB), name: head})
     done = train(model, objectives(objective), data, seed=seed, steps=STEPS)
     end = model.tokenizer.end
