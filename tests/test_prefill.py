@@ -313,6 +313,16 @@ def test_covering_takes_the_fewest(values: list[float], share: float) -> None:
         assert mass[kept].min() >= mass[~kept].max() if (~kept).any() else True
 
 
+def test_a_share_of_one_takes_what_weighs_nothing_too() -> None:
+    assert covering(torch.tensor([0.0, 1.0, 0.0]), 1.0).all()
+    assert covering(torch.tensor([0.0, 1.0, 0.0]), 0.999).tolist() == [False, True, False]
+    q, k = torch.zeros(1, 1, 30, 4), torch.zeros(1, 1, 30, 4)
+    q[..., 0], k[:, :, 3, 0] = 1e4, 1e4
+    for target, least in ((1.0, 30), (0.999, 1)):
+        _, many = columns(q, k, torch.tensor([30]), False, torch.tensor([2]), stride=3, sinks=1, target=target)
+        assert many.tolist() == [[least]]
+
+
 def test_the_divergence_has_its_known_values() -> None:
     p = torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]])
     q = torch.tensor([[0.0, 1.0], [0.5, 0.5], [0.5, 0.5]])

@@ -70,8 +70,8 @@ def test_no_stream_is_forgotten() -> None:
 ELSEWHERE: dict[type, str] = {
     FrontEnd: "test_whisper.py", whisper.Encoder: "test_whisper.py", Whole: "test_espnet_model.py",
     StandIn: "test_streams.py", SparseSelfAttention: "test_entmax.py", GatedSelfAttention: "test_gates.py",
-    DuoAttention: "test_duo.py", Rolling: "test_duo.py", Divided: "test_duo.py", GatedEncoder: "test_pruning.py", PrunedEncoder: "test_pruning.py",
-    SplitEncoder: "test_pruning.py", LightningAttention: "test_linear_attention.py",
+    DuoAttention: "test_duo.py", Rolling: "test_duo.py", Divided: "test_duo.py", GatedEncoder: "test_pruning.py",
+    PrunedEncoder: "test_pruning.py", SplitEncoder: "test_pruning.py", LightningAttention: "test_linear_attention.py",
     TaylorAttention: "test_linear_attention.py", Based: "test_linear_attention.py", Mega: "test_mega.py",
     MoBA: "test_selection.py", Quest: "test_selection.py", SampleAttention: "test_prefill.py",
     FlexPrefill: "test_prefill.py", EchoAttention: "test_echo.py", Scale: "test_echo.py", Together: "test_echo.py",

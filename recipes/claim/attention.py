@@ -18,8 +18,9 @@ from speechattn.encoder.layers import Subsample
 from speechattn.model import Recognizer
 from speechattn.task.objectives import CTCObjective, Objective
 
-__all__ = ["DIM", "FRAME_S", "VOCAB", "decoder", "local", "objectives"]
+__all__ = ["ALONE", "DIM", "FRAME_S", "VOCAB", "decoder", "local", "objectives"]
 
+ALONE = 250  # steps of CTC alone: a decoder that is told of frames that say nothing yet spoils them
 DIM, VOCAB, FRAME_S = 96, tokenizer().size, 0.04
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from claim.attention import DIM, VOCAB, decoder, local, objectives
+from claim.attention import ALONE, DIM, VOCAB, decoder, local, objectives
 from claim.report import Results, Section, spread, table
 from claim.training import Data, Trained, count, train
 from speechattn.cross.segmental import Around, AtFrame, Boundary, SegmentAttention, Within
@@ -22,8 +22,8 @@ from speechattn.task.segmental import CTCAlignment, OwnAlignment, SegmentalObjec
 
 POINTS = {"positions": 3, "global": 3, "segmental": 3}
 TIMES = (1, 2, 4, 10, 20)
-STEPS, BEAM = 800, 4
-REALIGNED = STEPS // 2  # batches before the head aligns itself
+STEPS, BEAM = 900, 4
+REALIGNED = 350  # batches of the segmental objective before the head aligns itself
 BOUNDARIES = {"hard": AtFrame(), "window": Around(4, 2), "segmental": Within(25)}
 
 
@@ -39,12 +39,12 @@ def trained(point: str, seed: int, data: Data) -> tuple[Recognizer, Search, Trai
     if kind in ("global", "positions"):
         head: AttentionDecoder | Segmental = decoder(2, positions=kind == "positions")
         model = local({"attention": head})
-        done = train(model, objectives(AttentionObjective(0.7)), data, seed=seed, steps=STEPS)
+        done = train(model, objectives(AttentionObjective(0.7)), data, seed=seed, steps=STEPS, alone=ALONE)
         return model, model.search("attention", beam_size=BEAM), done
     head = segmental(BOUNDARIES[kind])
     model = local({"segmental": head})
     alignment = OwnAlignment(CTCAlignment(), REALIGNED) if kind != point else CTCAlignment()
-    done = train(model, objectives(SegmentalObjective(alignment, 0.7)), data, seed=seed, steps=STEPS)
+    done = train(model, objectives(SegmentalObjective(alignment, 0.7)), data, seed=seed, steps=STEPS, alone=ALONE)
     end = model.tokenizer.end
     return model, SegmentalBeam(head, BEAM, sos=end, eos=end, never=(0,)), done
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from claim.attention import DIM, VOCAB, decoder, objectives
+from claim.attention import ALONE, DIM, VOCAB, decoder, objectives
 from claim.report import Results, Section, spread, table
 from claim.strings import MELS, batch
 from claim.training import Data, count, recogniser, train
@@ -30,7 +30,7 @@ SAID = {
     "softmax": "softmax", "sparse": "alpha-entmax in encoder and decoder",
     "sparse, monotonic": "alpha-entmax in the encoder, monotonic heads in the decoder",
 }  # fmt: skip
-STEPS, BEAM = 800, 4
+STEPS, BEAM = 900, 4
 
 
 def run(point: str, seed: int, data: Data) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run(point: str, seed: int, data: Data) -> dict[str, Any]:
         objective: Objective = MonotonicObjective(0.7)
     head = decoder(1, cross, positions=name == "attention")
     model = recogniser(encoder, {"ctc": CTC(DIM, VOCAB), name: head})
-    done = train(model, objectives(objective), data, seed=seed, steps=STEPS)
+    done = train(model, objectives(objective), data, seed=seed, steps=STEPS, alone=ALONE)
     end = model.tokenizer.end
     if name == "monotonic":
         search: Any = MonotonicBeam(head, BEAM, sos=end, eos=end, never=(0,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +71,9 @@ def batches(strings: Sequence[String], size: int, seed: int, joined: int) -> Ite
 
 def train(
     model: Recognizer, objectives: Sequence[Objective], data: Data, *, seed: int, steps: int = 800, size: int = 16,
-    rate: float = 3e-3, joined: int = 1, before: Callable[[int], None] = lambda step: None,
+    rate: float = 3e-3, joined: int = 1, alone: int = 0,
 ) -> Trained:  # fmt: skip
-    """One cycle of the learning rate; `before` is called with the number of each step."""
+    """One cycle of the learning rate; in the first `alone` steps the first objective alone."""
     steps = 10 if data.quick else steps
     torch.manual_seed(seed)
     for objective in objectives:
@@ -86,11 +86,11 @@ def train(
     began, loss = time.perf_counter(), torch.zeros(())
     bar = tqdm(zip(range(steps), batches(data.train, size, seed, joined), strict=False), total=steps, mininterval=5)
     for step, group in bar:
-        before(step)
         x, tokens, lengths = batch(group)
         x = augment(x)
+        told = objectives[:1] if step < alone else objectives
         heard, said = Heard(x, x, model.encoder(x)), Said(tokens, lengths)
-        each = [o.weight * o.losses(model, heard, said).sum() / lengths.sum() for o in objectives]
+        each = [o.weight * o.losses(model, heard, said).sum() / lengths.sum() for o in told]
         loss = torch.stack(each).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -20,6 +20,9 @@ from speechattn.stream.parallel import both
 __all__ = ["EchoAttention", "Gated", "Scale", "Together"]
 
 
+USUAL = (Span.sliding(3), Span.sliding(15), Span.sliding(63))  # frames behind
+
+
 class Scale(SelfAttention):
     """Self-attention within a window of its own, whatever span is set around it."""
 
@@ -53,15 +56,14 @@ class EchoAttention(Serial):
 
     With a gate of 1 it is the self-attention alone, bit for bit; windows that hold the utterance are full attention.
     Each window is a span, and no span set from outside changes it; what one looks ahead adds to the latency. By default
-    they look back. They have weights of their own, and copies of
-    `position`.
+    they look 3, 15 and 63 frames back. They have weights of their own, and copies of `position`.
     """
 
     def __init__(
         self, dim: int, heads: int, span: Pattern, *, position: Position | None = None, key_heads: int | None = None,
-        norm: nn.Module | None = None, dropout: float = 0.0,
-        windows: Sequence[Span] = (Span.sliding(3), Span.sliding(15), Span.sliding(63)),
+        norm: nn.Module | None = None, dropout: float = 0.0, windows: Sequence[Span] | None = None,
     ) -> None:  # fmt: skip
+        windows = USUAL if windows is None else windows
         if not windows:
             raise ValueError("no windows: an echo needs at least one")
         main = SelfAttention(dim, heads, span, position=position, key_heads=key_heads, dropout=dropout)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from speechattn.errors import InputError
+from speechattn.model import Recognizer
 
 __all__ = ["add_parser"]
 
@@ -27,12 +28,17 @@ def add_parser(commands: Any) -> None:
         "--ema", action=argparse.BooleanOptionalAction, default=None,
         help="of a training with averaged weights: these (default where there are any), or with --no-ema the last ones",
     )  # fmt: skip
+    parser.add_argument("--prune", action="store_true", help="without heads and hidden units whose gates are closed")
+    parser.add_argument(
+        "--split", type=float, metavar="SHARE", help="of DuoAttention's heads, those with the lowest gates, that forget"
+    )
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="whose classes the model uses")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the folder, and say what is in it."""
+    from speechattn.model import save_model
     from speechattn.task.checkpoint import CHECKPOINTS, about_of, export, several
     from speechattn.task.language_model import export_language_model
 
@@ -49,13 +55,30 @@ def run(options: argparse.Namespace) -> int:
         sys.path.append(os.getcwd())  # where plugins are
     told = f"from {', '.join(path.name for path in paths)}"
     if "network" in about_of(paths[-1])["config"]:
+        if options.prune or options.split is not None:
+            raise InputError("--prune and --split: for recognisers, this is a language model")
         network = export_language_model(paths, folder, options.plugin, ema=options.ema)
         print(f"{folder}: language model, {size(network):,} parameters, {network.vocab} tokens, {told}")
         return 0
-    model = export(paths, folder, options.plugin, ema=options.ema)
+    model = changed(export(paths, folder, options.plugin, ema=options.ema), options)
+    if options.prune or options.split is not None:
+        save_model(model, folder)
     heads = ", ".join(model.heads)
     print(f"{folder}: {size(model):,} parameters, heads {heads}, {model.tokenizer.size} tokens, {told}")
     return 0
+
+
+def changed(model: Recognizer, options: argparse.Namespace) -> Recognizer:
+    """With fewer heads, or heads that forget, where it is asked for; InputError where that cannot be."""
+    from speechattn.model.pruning import forgetful, gates_of, smaller
+
+    if options.prune and not gates_of(model.encoder):
+        raise InputError("--prune: this encoder has no gates; train it with speechattn.model.pruning.GatedEncoder")
+    try:
+        model = smaller(model) if options.prune else model
+        return model if options.split is None else forgetful(model, options.split)
+    except ValueError as error:
+        raise InputError(f"--{'prune' if options.split is None else 'split'}: {error}") from error
 
 
 def size(module: nn.Module) -> int:

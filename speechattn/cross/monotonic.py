@@ -143,8 +143,8 @@ class Monotonic(nn.Module):
     """H heads that each stop at a frame for a token, from the frame where they stopped for the one before.
 
     A head stops at a frame with the probability p = sigmoid(energy + r), where r begins as `offset`. In training the
-    alignment is what is expected of it, by a `form` of `expected`, and the whole text is read at once; in eval the
-    head stops at the first frame with p >= 1/2. It is `waiting` where it ran out of frames and more may come; in a
+    alignment is what is expected of it, by a `form` of `expected` (None: `scan`), and the whole text is read at once; in
+    eval the head stops at the first frame with p >= 1/2. It is `waiting` where it ran out of frames and more may come; in a
     memory that has finished it sees nothing then, or with `preserve` its last frame, in training as in eval.
 
     Laws in eval: tokens one by one equal tokens at once. What is said does not know the frames behind the stops, so
@@ -162,7 +162,7 @@ class Monotonic(nn.Module):
 
     def __init__(
         self, dim: int, heads: int, *, energy: Callable[[int, int], Energy] = DotProduct, offset: float = -4.0,
-        form: Form = scan, noise: float = 1.0, head_drop: float = 0.0, stable_emit: float = 0.0,
+        form: Form | None = None, noise: float = 1.0, head_drop: float = 0.0, stable_emit: float = 0.0,
         wait: int | None = None, preserve: bool = False, width: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -171,7 +171,7 @@ class Monotonic(nn.Module):
                              "or more, and shares below 1")  # fmt: skip
         if dim % (heads * width):
             raise ValueError(f"{dim} features do not divide by {heads} heads of {width}")
-        self.heads, self.width, self.form, self.preserve = heads, width, form, preserve
+        self.heads, self.width, self.form, self.preserve = heads, width, form or scan, preserve
         self.noise, self.head_drop, self.stable_emit, self.wait = noise, head_drop, stable_emit, wait
         self.energy, self.behind = energy(dim, heads), None
         self.offset = nn.Parameter(torch.full((heads, 1, 1), offset))
@@ -270,8 +270,8 @@ class Chunkwise(Monotonic):
 
     def __init__(
         self, dim: int, heads: int, *, chunk_heads: int = 1, energy: Callable[[int, int], Energy] = DotProduct,
-        offset: float = -4.0, form: Form = scan, noise: float = 1.0, head_drop: float = 0.0, stable_emit: float = 0.0,
-        wait: int | None = None, preserve: bool = False,
+        offset: float = -4.0, form: Form | None = None, noise: float = 1.0, head_drop: float = 0.0,
+        stable_emit: float = 0.0, wait: int | None = None, preserve: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
             dim, heads, energy=energy, offset=offset, form=form, noise=noise, head_drop=head_drop,
@@ -291,8 +291,8 @@ class MoChA(Chunkwise):
 
     def __init__(
         self, dim: int, heads: int, window: int = 4, *, chunk_heads: int = 1,
-        energy: Callable[[int, int], Energy] = DotProduct, offset: float = -4.0, form: Form = scan, noise: float = 1.0,
-        head_drop: float = 0.0, stable_emit: float = 0.0, wait: int | None = None, preserve: bool = False,
+        energy: Callable[[int, int], Energy] = DotProduct, offset: float = -4.0, form: Form | None = None,
+        noise: float = 1.0, head_drop: float = 0.0, stable_emit: float = 0.0, wait: int | None = None, preserve: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
             dim, heads, chunk_heads=chunk_heads, energy=energy, offset=offset, form=form, noise=noise,
