@@ -143,9 +143,9 @@ class Monotonic(nn.Module):
     """H heads that each stop at a frame for a token, from the frame where they stopped for the one before.
 
     A head stops at a frame with the probability p = sigmoid(energy + r), where r begins as `offset`. In training the
-    alignment is what is expected of it, by a `form` of `expected` (None: `scan`), and the whole text is read at once; in
-    eval the head stops at the first frame with p >= 1/2. It is `waiting` where it ran out of frames and more may come; in a
-    memory that has finished it sees nothing then, or with `preserve` its last frame, in training as in eval.
+    alignment is what is expected of it, by a `form` of `expected` (None: `scan`), and the whole text is read at once;
+    in eval the head stops at the first frame with p >= 1/2. It is `waiting` where it ran out of frames and more may
+    come; in a memory that has finished it sees nothing then, or with `preserve` its last frame, in training as in eval.
 
     Laws in eval: tokens one by one equal tokens at once. What is said does not know the frames behind the stops, so
     to read more frames and go on equals having had them all. At p of 0 or 1 training and eval agree.
@@ -292,7 +292,8 @@ class MoChA(Chunkwise):
     def __init__(
         self, dim: int, heads: int, window: int = 4, *, chunk_heads: int = 1,
         energy: Callable[[int, int], Energy] = DotProduct, offset: float = -4.0, form: Form | None = None,
-        noise: float = 1.0, head_drop: float = 0.0, stable_emit: float = 0.0, wait: int | None = None, preserve: bool = False,
+        noise: float = 1.0, head_drop: float = 0.0, stable_emit: float = 0.0, wait: int | None = None,
+        preserve: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
             dim, heads, chunk_heads=chunk_heads, energy=energy, offset=offset, form=form, noise=noise,
