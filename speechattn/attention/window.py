@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from speechattn.attention.pattern import Pattern, Span, visible
 from speechattn.attention.position import Position
@@ -12,8 +13,11 @@ from speechattn.attention.softmax import first_valid, fused, gathered, places
 __all__ = ["Windowed"]
 
 
+SMALL, TILE = 8, 32  # chunks of fewer queries go together, up to so many
+
+
 class Windowed:
-    """Each chunk of queries meets its own window of keys [sinks | left | chunk | right].
+    """Each chunk of queries meets its own window of keys [sinks | left | chunk | right]; small chunks some at a time.
 
     Inside a window nothing depends on where it stands: mask, distances and tables are the same for all.
     """
@@ -34,10 +38,16 @@ class Windowed:
         """As `attend`."""
         assert isinstance(pattern, Span)
         sinks, chunk, left = pattern.sinks, pattern.chunk or 1, pattern.left or 0
+        if not sinks and chunk < SMALL:  # what is gathered more than once costs most
+            chunk *= min(TILE // chunk, q.shape[2] // chunk)
+        frames, rest = q.shape[2], -q.shape[2] % chunk
+        if rest:
+            q, k, v = (F.pad(x, [0, 0, 0, rest]) for x in (q, k, v))
+            valid = F.pad(valid, [0, rest])
         width, batch, n = left + chunk + pattern.right, len(q), q.shape[2] // chunk
         queries, keys = range(chunk), range(-left - sinks, chunk + pattern.right)
         seen, heads = visible(pattern, queries, keys[sinks:], q.device), (k, v)
-        if n == 1:  # a step of one chunk: nothing to gather
+        if n == 1:  # nothing to gather
             seen = seen & (valid[:, sinks:] if sinks else valid)[:, None]
             k, v = (x[:, :, sinks:] for x in heads) if sinks else heads
         else:
@@ -54,6 +64,8 @@ class Windowed:
             k, v = (torch.cat(pair, 2) for pair in zip(held, (k, v), strict=True))
             seen = torch.cat([gone[:, None].expand(-1, chunk, -1), seen], -1)
         y = fused(q, k, v, position, queries, keys, seen[:, None])
-        if sinks or pattern.dilation > 1:  # in a plain band, who sees nothing has a window of zeros
+        if sinks or pattern.dilation > 1 or chunk != pattern.chunk:  # else who sees nothing has a window of zeros
             y = y.masked_fill(~seen.any(-1, keepdim=True)[:, None], 0.0)
-        return y if n == 1 else y.transpose(1, 2).reshape(batch, n * chunk, y.shape[1], y.shape[3]).transpose(1, 2)
+        if n > 1:
+            y = y.transpose(1, 2).reshape(batch, n * chunk, y.shape[1], y.shape[3]).transpose(1, 2)
+        return y[:, :, :frames] if rest else y
