@@ -28,7 +28,7 @@ def need_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise InputError("a picture needs matplotlib: pip install 'speechattn[train]'") from error
+        raise InputError("a picture needs matplotlib: pip install 'speechattn[plot]'") from error
 
 
 def draw(seen: View) -> Any:

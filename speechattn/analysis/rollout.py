@@ -67,10 +67,10 @@ def flow(weights: Sequence[Tensor], *, residual: float = 0.5) -> Tensor:
 def flows(layers: Array) -> Array:
     """Of one utterance: capacities [L, T, T], the lowest layer first -> [T, T]."""
     try:
-        from scipy.sparse import csr_array  # type: ignore[import-untyped, unused-ignore]
-        from scipy.sparse.csgraph import maximum_flow  # type: ignore[import-untyped, unused-ignore]
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import maximum_flow
     except ImportError as error:
-        raise InputError("attention flow needs scipy: pip install scipy") from error
+        raise InputError("attention flow needs scipy: pip install 'speechattn[plot]'") from error
     depth, frames = layers.shape[:2]
     above, below = np.meshgrid(np.arange(frames), np.arange(frames), indexing="ij")
     source = np.concatenate([(above + level * frames).ravel() for level in range(depth)])
