@@ -49,6 +49,9 @@ def main() -> None:
     results: dict[str, list[Any]] = {point: [] for point in claim.POINTS}
     for point, seed in wanted:
         results[point].append(json.loads(path_of(runs, point, seed).read_text()))
+    for point, (folder, other) in getattr(claim, "BORROWED", {}).items():
+        found = sorted((runs.parent / folder).glob(f"{other}-*.json"))
+        results[point] = [json.loads(path.read_text()) for path in found]
     from claim.report import write
 
     section = claim.report(results)

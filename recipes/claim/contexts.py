@@ -39,7 +39,7 @@ def run(point: str, seed: int, data: Data) -> dict[str, Any]:
     return {"wer": found.rate, "words": found.words, "parameters": done.parameters, "training_s": done.seconds}
 
 
-STEPS = 800
+STEPS = 750
 
 
 def report(results: Results) -> Section:

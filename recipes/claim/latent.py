@@ -9,7 +9,7 @@ from claim.report import Results, Section, spread, table
 from claim.segmental import run as run
 
 FOLDER = "segmental"  # whose trainings are these, too
-POINTS = {"positions": 3, "segmental": 3, "window-own": 3, "hard-own": 1, "segmental-own": 1}
+POINTS = {"positions": 3, "segmental": 3, "window-own": 3, "hard-own": 1}
 SAID = {
     "positions": "global soft attention",
     "segmental": "segment, aligned by CTC", "window-own": "local window, re-aligned",
