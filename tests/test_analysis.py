@@ -338,8 +338,8 @@ def test_what_cannot_be_rolled_out_is_refused() -> None:
             rollout(wrong)
     with pytest.raises(ValueError, match="residual 2"):
         rollout([square], residual=2)
-    with pytest.raises(ValueError, match="129 frames"):
-        flow([stochastic(1, 1, 129, 129)])
+    with pytest.raises(ValueError, match="49 frames"):
+        flow([stochastic(1, 1, 49, 49)])
 
 
 # --- saliency

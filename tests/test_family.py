@@ -146,3 +146,8 @@ def test_what_an_attention_does_not_take_is_said(tmp_path: Path, manifest: Path,
     path = written(tmp_path / "recipe.yaml", recipe(manifest, None, encoder=encoder))
     assert main(["fit", "--config", str(path), f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 2
     assert "position" in capsys.readouterr().err
+    kind, own, changes = ATTENTIONS["moba"]
+    encoder = conformer(attention=part(f"speechattn.attention.{kind}", **own), **changes)
+    path = written(tmp_path / "drawn.yaml", recipe(manifest, None, encoder=encoder))
+    assert main(["fit", "--config", str(path), f"--trainer.default_root_dir={tmp_path / 'other'}"]) == 2
+    assert "Span" in capsys.readouterr().err  # before the step that would draw it

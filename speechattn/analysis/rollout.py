@@ -13,7 +13,7 @@ from speechattn.errors import InputError
 
 __all__ = ["flow", "rollout"]
 
-MOST = 128  # frames of a flow, which is as many maximum flows as it has pairs
+MOST = 48  # frames of a flow, which is as many maximum flows as it has pairs
 UNIT = 1 << 28  # capacities are whole numbers: 1 is so many
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -42,7 +42,8 @@ def mixing(weights: Sequence[Tensor], residual: float) -> list[Tensor]:
 def rollout(weights: Sequence[Tensor], *, residual: float = 0.5) -> Tensor:
     """How much of each input frame is in each frame at the top [B, T, T]: the product of the layers' matrices (eq. 1).
 
-    `weights` [B, H, T, T] of each layer, the lowest first. Rows sum to 1.
+    `weights` [B, H, T, T] of each layer, the lowest first; of layers one above the other, never side by side in one
+    block. Rows sum to 1.
     """
     layers = mixing(weights, residual)
     product = layers[0]
@@ -54,7 +55,7 @@ def rollout(weights: Sequence[Tensor], *, residual: float = 0.5) -> Tensor:
 def flow(weights: Sequence[Tensor], *, residual: float = 0.5) -> Tensor:
     """The most that can flow from each frame at the top down to each input frame [B, T, T] (section 4).
 
-    Layers are pipes whose capacities are the matrices of `rollout`. T * T maximum flows: ValueError beyond 128 frames.
+    Layers are pipes whose capacities are the matrices of `rollout`. T * T maximum flows: ValueError beyond 48 frames.
     InputError without scipy.
     """
     layers = torch.stack(mixing(weights, residual), 1).double().cpu().numpy()  # [B, L, T, T]

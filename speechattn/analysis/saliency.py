@@ -20,6 +20,7 @@ from speechattn.audio.hearing import hear
 from speechattn.audio.resample import Samples
 from speechattn.decoder.attention import AttentionDecoder, DecoderState
 from speechattn.decoder.ctc import CTC
+from speechattn.decoder.segmental import Segmental
 from speechattn.decoder.two_way import TwoWay
 from speechattn.errors import InputError
 from speechattn.frames import Frames, Memory
@@ -89,7 +90,8 @@ class Reading:
     """A short utterance as a model reads it, and the text that it said.
 
     `run(network, features)` gives encoder frames; `network` is the encoder, or what holds it. `frames` of them hear
-    sound, `labels` are the texts of `tokens`. Everything works on batches of one.
+    sound, `labels` are the texts of `tokens`. `lacking` says why there is no `decoder`. Everything works on batches of
+    one.
     """
 
     network: nn.Module
@@ -105,6 +107,7 @@ class Reading:
     behind: DecoderState | None = None
     ctc: CTC | None = None
     shared: tuple[object, ...] = ()
+    lacking: str = "no attention decoder"
 
     @classmethod
     def of(cls, model: Recognizer | WhisperModel, samples: Samples, text: str) -> Reading:
@@ -131,9 +134,10 @@ class Reading:
         cls, model: Recognizer, samples: Samples, frames: int, tokens: tuple[int, ...], labels: tuple[str, ...]
     ) -> Reading:  # fmt: skip
         heads, end = dict(model.heads), model.tokenizer.end
-        decoder, ctc = heads.get("attention"), heads.get("ctc")
+        decoder, ctc = heads.get("attention", heads.get("monotonic")), heads.get("ctc")
         decoder = decoder.forth if isinstance(decoder, TwoWay) else decoder
         able = isinstance(decoder, AttentionDecoder) and end is not None
+        segments = isinstance(heads.get("segmental"), Segmental)
         x = model.sound(samples)
         with torch.no_grad():
             heard: Frames = model.front_end(Frames(x, torch.ones_like(x, dtype=torch.bool)))
@@ -144,6 +148,7 @@ class Reading:
             (end,) if able and end is not None else (),
             decoder if able and isinstance(decoder, AttentionDecoder) else None,
             ctc=ctc if isinstance(ctc, CTC) else None,
+            lacking="segmental decoder: its cross-attention is its segments" if segments else "no attention decoder",
         )  # fmt: skip
 
     def memory(self) -> Frames:
@@ -186,7 +191,7 @@ class Reading:
 
     def _decoder(self, tokens: int) -> AttentionDecoder:
         if self.decoder is None:
-            raise InputError("this model has no attention decoder, and so no cross-attention")
+            raise InputError(f"there is no cross-attention to show ({self.lacking})")
         if tokens > self.decoder.context:
             raise InputError(f"{tokens} tokens do not fit into the decoder's context of {self.decoder.context}")
         return self.decoder

@@ -109,20 +109,27 @@ def centres(alignment: Tensor) -> Tensor:
 def monotonicity(alignment: Tensor) -> Tensor:
     """Share of tokens [...] that look no earlier than the token before: 1 for speech read from left to right.
 
-    By their `centres`; a text of fewer than two tokens is monotonic.
+    By their `centres`. Tokens that look nowhere are left out; fewer than two of the others are monotonic.
     """
     at = centres(alignment)
     if at.shape[-1] < 2:
         return at.new_ones(at.shape[:-1])
-    return (at[..., 1:] >= at[..., :-1]).to(alignment.dtype).mean(-1)
+    there = ~at.isnan()
+    number = torch.arange(at.shape[-1], device=at.device)
+    before = torch.where(there, number, -1).cummax(-1).values[..., :-1]  # the last one that looks somewhere
+    pairs = there[..., 1:] & (before >= 0)
+    forward = pairs & (at[..., 1:] >= at.gather(-1, before.clamp(min=0)))
+    count = pairs.sum(-1)
+    return torch.where(count > 0, forward.sum(-1) / count.clamp(min=1), 1.0).to(alignment.dtype)
 
 
 def coverage(alignment: Tensor) -> Tensor:
     """Share of the frames that the tokens of a text look at together [...]: exp(entropy of their mean) / T.
 
-    1 when all frames get the same, 1/T when there is one that gets everything.
+    1 when all frames get the same, 1/T when there is one that gets everything, 0 when none gets anything.
     """
     mean = alignment.sum(-2)
+    any_mass = mean.sum(-1) > 0
     mean = mean / mean.sum(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
     spread: Tensor = torch.special.entr(mean).sum(-1).exp()
-    return spread / alignment.shape[-1]
+    return (spread / max(alignment.shape[-1], 1)).where(any_mass, 0.0)

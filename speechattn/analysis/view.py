@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ from torch import Tensor
 from speechattn.analysis.rollout import rollout
 from speechattn.analysis.saliency import Reading
 from speechattn.analysis.statistics import coverage, entropy, monotonicity
-from speechattn.analysis.weights import LayerWeights
+from speechattn.analysis.weights import LayerWeights, Unseen
 from speechattn.audio.resample import Samples
 from speechattn.audio.spectrum import CentredLogMel
 from speechattn.errors import InputError
@@ -84,8 +85,8 @@ def view(
     """What the model `name` hears in samples [N] at its rate, and where it looks.
 
     That is its cross-attention, mean over `layers` and `heads` (all); a model without an attention decoder shows its
-    CTC posterior and the attention rollout of its encoder. InputError for a layer or head that there is none of, and
-    where nothing is said.
+    CTC posterior and the attention rollout of its encoder, or the posterior alone where there is no such rollout.
+    InputError for a layer or head that there is none of, where nothing is said, and where there is nothing to show.
     """
     words = listen(model, samples)
     reading = Reading.of(model, samples, "".join(word.text for word in words))
@@ -93,15 +94,11 @@ def view(
         found = reading.cross_weights()
         which = chosen("layer", layers, found.shape[0]), chosen("head", heads, found.shape[1])
         maps: tuple[Map, ...] = (crossed(model, reading, found, which, len(words)),)
-        what = "cross-attention"
+        what = f"cross-attention, {picked(which, layers, heads)}"
         statistics = of_tokens(found, reading, which)
     else:
-        seen = reading.self_weights()
-        which = chosen("layer", layers, len(seen)), chosen("head", heads, min(w.weights.shape[1] for w in seen))
-        maps, statistics = without_decoder(reading, seen, which), of_frames(seen, which)
-        what = f"{' and '.join(one.name for one in maps)} (no attention decoder)"
-    picked = f"mean of {said('layer', which[0], layers)} and {said('head', which[1], heads)}"
-    return View(f"{name}: {what}, {picked}", len(samples) / model.sample_rate, model.sample_rate / 2,
+        maps, what, statistics = without_decoder(reading, layers, heads)
+    return View(f"{name}: {what}", len(samples) / model.sample_rate, model.sample_rate / 2,
                 spectrum(samples, model.sample_rate), words, maps, statistics)  # fmt: skip
 
 
@@ -121,6 +118,11 @@ def said(kind: str, indices: Sequence[int], wanted: Sequence[int] | None) -> str
     return f"all {len(indices)} {many}" if wanted is None else f"{many} {', '.join(map(str, indices))}"
 
 
+def picked(which: tuple[list[int], list[int]], layers: Sequence[int] | None, heads: Sequence[int] | None) -> str:
+    """Layers and heads as a title has them."""
+    return f"mean of {said('layer', which[0], layers)} and {said('head', which[1], heads)}"
+
+
 def crossed(
     model: Recognizer | WhisperModel, reading: Reading, found: Tensor, which: tuple[list[int], list[int]], words: int
 ) -> Map:  # fmt: skip
@@ -133,26 +135,59 @@ def crossed(
 
 
 def without_decoder(
-    reading: Reading, seen: Sequence[LayerWeights], which: tuple[list[int], list[int]]
-) -> tuple[Map, ...]:  # fmt: skip
-    """The posterior of each kind of token that CTC hears, and how much of each frame reaches the top."""
-    found: list[Map] = []
-    if reading.ctc is not None:
-        with torch.no_grad():
-            posterior = reading.ctc(reading.memory()).values[0, : reading.frames].exp()
-        kinds = list(dict.fromkeys(reading.tokens))
-        names = dict(zip(reading.tokens, reading.labels, strict=True))
-        labels = tuple(shown(names[token]) for token in kinds)
-        found.append(Map("CTC posterior", reading.frame_s, array(posterior[:, kinds].T), labels))
+    reading: Reading, layers: Sequence[int] | None, heads: Sequence[int] | None
+) -> tuple[tuple[Map, ...], str, dict[str, Any]]:
+    """What CTC hears and what reaches the top of the encoder: maps, their names as a title has them, statistics."""
+    try:
+        seen = reading.self_weights()
+    except Unseen as error:
+        if layers is not None or heads is not None:
+            raise InputError(f"no layers and heads to choose from: {error}") from error
+        return alone(reading, str(error)), f"CTC posterior ({reading.lacking}; {error})", {}
+    which = chosen("layer", layers, len(seen)), chosen("head", heads, min(w.weights.shape[1] for w in seen))
+    statistics = of_frames(seen, which)
+    if (block := crowded(seen)) is not None:
+        reason = f"no rollout: block {block} has several attentions side by side"
+        return alone(reading, reason), f"CTC posterior ({reading.lacking}; {reason})", statistics
+    maps = (*posterior(reading), reached(reading, seen, which))
+    names = " and ".join(one.name for one in maps)
+    return maps, f"{names} ({reading.lacking}), {picked(which, layers, heads)}", statistics
+
+
+def crowded(seen: Sequence[LayerWeights]) -> str | None:
+    """The first block, by its name up to the last index, that has several of the layers."""
+    blocks = [found[0] if (found := re.match(r"(.*\.)?\d+(?=\.|$)", one.name)) else "" for one in seen]
+    return next((block for block in blocks if blocks.count(block) > 1), None)
+
+
+def alone(reading: Reading, reason: str) -> tuple[Map, ...]:
+    """The CTC posterior; without it an InputError that has the reason."""
+    if not (found := posterior(reading)):
+        raise InputError(f"there is nothing to show: {reading.lacking}, no CTC head, and {reason}")
+    return found
+
+
+def posterior(reading: Reading) -> tuple[Map, ...]:
+    """That of each kind of token that CTC hears, where there is CTC."""
+    if reading.ctc is None:
+        return ()
+    with torch.no_grad():
+        heard = reading.ctc(reading.memory()).values[0, : reading.frames].exp()
+    kinds = list(dict.fromkeys(reading.tokens))
+    names = dict(zip(reading.tokens, reading.labels, strict=True))
+    labels = tuple(shown(names[token]) for token in kinds)
+    return (Map("CTC posterior", reading.frame_s, array(heard[:, kinds].T), labels),)
+
+
+def reached(reading: Reading, seen: Sequence[LayerWeights], which: tuple[list[int], list[int]]) -> Map:
+    """How much of each frame reaches the top."""
     layers = [seen[i].weights[:, which[1]] for i in which[0]]
     if len({layer.shape[-1] for layer in layers}) == 1:
         rolled = rollout(layers)[0, : reading.frames, : reading.frames]
-        found.append(Map("attention rollout", reading.frame_s, array(rolled)))
-    else:  # the rate falls on the way up: the layers cannot be multiplied
-        mean = layers[-1].mean(1)[0]
-        step = reading.frame_s * reading.frames / len(mean)
-        found.append(Map(f"attention of {seen[which[0][-1]].name}", step, array(mean)))
-    return tuple(found)
+        return Map("attention rollout", reading.frame_s, array(rolled))
+    mean = layers[-1].mean(1)[0]  # the rate falls on the way up: the layers cannot be multiplied
+    step = reading.frame_s * reading.frames / len(mean)
+    return Map(f"attention of {seen[which[0][-1]].name}", step, array(mean))
 
 
 def of_tokens(found: Tensor, reading: Reading, which: tuple[list[int], list[int]]) -> dict[str, Any]:

@@ -14,14 +14,19 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from speechattn.attention.duo import Divided
 from speechattn.attention.self_attention import AttentionState, SelfAttention
 from speechattn.decoder.attention import AttentionDecoder, DecoderState
 from speechattn.frames import Frames, Memory
 from speechattn.linear import run
 from speechattn.stream import Buffer, Plan, Planned, Stream, flush
 
-__all__ = ["LayerWeights", "Weighing", "attention_layers", "copied", "cross_weights", "encoder_weights", "gated",
-           "layer_weights", "self_weights", "usual"]  # fmt: skip
+__all__ = ["LayerWeights", "Unseen", "Weighing", "attention_layers", "copied", "cross_weights", "encoder_weights",
+           "gated", "layer_weights", "self_weights", "usual"]  # fmt: skip
+
+
+class Unseen(ValueError):
+    """A network without self-attention, or one that does not say where it looks."""
 
 
 @runtime_checkable
@@ -49,7 +54,7 @@ def self_weights(layer: nn.Module, x: Frames) -> Tensor:
 
     Law: these weights times the layer's values, through its output projection, are `layer(x)`. They are found by that
     law: values that are one-hot come out of the heads as the weights, whatever span, position, sinks or normaliser a
-    layer has. ValueError for a layer whose heads are no mixture of values, and which has no `weights`.
+    layer has. `Unseen` for a layer whose heads are no mixture of values, and which has no `weights`.
     """
     if isinstance(layer, Weighing):
         return layer.weights(x)
@@ -64,9 +69,9 @@ def self_weights(layer: nn.Module, x: Frames) -> Tensor:
 
 
 def usual(layer: nn.Module) -> SelfAttention:
-    """The layer, whose steps are those of `SelfAttention`; ValueError for others."""
+    """The layer, whose steps are those of `SelfAttention`; `Unseen` for others."""
     if not isinstance(layer, SelfAttention) or type(layer).step is not SelfAttention.step:
-        raise ValueError(f"{type(layer).__name__} does not say where it looks: it needs a method weights(x)")
+        raise Unseen(f"{type(layer).__name__} does not say where it looks: it needs a method weights(x)")
     return layer
 
 
@@ -172,10 +177,11 @@ def layer_weights(
 ) -> list[LayerWeights]:  # fmt: skip
     """What every self-attention layer of `network` looked at while `read` called (a copy of) it, in order of calls.
 
-    ValueError for a network without such layers, and for a layer that cannot say.
+    The two groups of heads of a `Divided` are one layer, `first` before `second`. `Unseen` for a network without such
+    layers, and for a layer that cannot say.
     """
     if not attention_layers(network):
-        raise ValueError(f"{type(network).__name__} has no self-attention whose weights could be shown")
+        raise Unseen(f"{type(network).__name__} has no self-attention whose weights could be shown")
     found: list[LayerWeights] = []
 
     def answer(name: str, layer: Stream, x: Frames) -> Frames:
@@ -187,6 +193,18 @@ def layer_weights(
     twin = copied(network, answer, shared=shared)
     with torch.inference_mode(False), torch.enable_grad():  # so that streams read the utterance at once
         read(twin)
+    return together(found, {name for name, module in network.named_modules() if isinstance(module, Divided)})
+
+
+def together(layers: Sequence[LayerWeights], divided: set[str]) -> list[LayerWeights]:
+    """The layers, with those that are the two sides of a module in `divided` as one of its name."""
+    found: list[LayerWeights] = []
+    for one in layers:
+        name, _, side = one.name.rpartition(".")
+        if side == "second" and name in divided:
+            first = found.pop()
+            one = LayerWeights(name, first.input, torch.cat([first.weights, one.weights], 1))
+        found.append(one)
     return found
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from speechattn.attention.linear import full_precision, picked, together, wide
 from speechattn.attention.pattern import Pattern, Span
-from speechattn.attention.position import Position, Relative
+from speechattn.attention.position import Position, Relative, Rotary
 from speechattn.attention.self_attention import Spanned
 from speechattn.frames import Frames
 from speechattn.linear import dropped, run
@@ -192,6 +192,8 @@ class Mega(Spanned):
         self.dim, self.keys, self.values, self.dropout = dim, keys or dim, values or 2 * dim, dropout
         if isinstance(position, Relative) and position.dim != self.keys:
             raise ValueError(f"a position for {position.dim} features, but queries and keys have {self.keys}")
+        if isinstance(position, Rotary) and self.keys % 2:
+            raise ValueError(f"rotary positions turn pairs of features, but queries and keys have {self.keys}")
         self.span: Pattern = self.honoured(span)
         self.position, self.norm, self.function = position, norm, function or Softmax()
         self.average = MovingAverage(dim, averages)

@@ -140,5 +140,12 @@ def prune_heads(encoder: M, keep: Sequence[Sequence[int]]) -> M:
         raise ValueError(f"heads of {len(keep)} layers, of {len(layers)} that there are")
     left = iter(keep)
     encoder = deepcopy(encoder)
-    replaced(encoder, lambda module: fewer(module, next(left)) if isinstance(module, SelfAttention) else None)
+    replaced(encoder, lambda module: cut(module, next(left)) if isinstance(module, SelfAttention) else None)
     return encoder
+
+
+def cut(attention: SelfAttention, heads: Sequence[int]) -> SelfAttention | None:
+    """`fewer`; None where all stay as they are, so that a kind that cannot be taken apart need not be."""
+    if [*heads] == [*range(attention.heads)] and not isinstance(attention.out, GatedLinear):
+        return None
+    return fewer(attention, heads)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ import numpy as np
 
 from speechattn.analysis.picture import FORMATS, draw, need_matplotlib, save
 from speechattn.analysis.view import summary, view
-from speechattn.audio.read import open_recording
+from speechattn.audio.read import Recording, open_recording
 from speechattn.audio.resample import Resampler, Samples
 from speechattn.cli.options import add_model_options, build_model
 from speechattn.errors import InputError
 
 __all__ = ["add_parser"]
 
+DIGITS = 9  # of an index
 LONGEST_S = 30.0  # of one picture, and of what Whisper hears at once
 
 
@@ -46,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     layers, heads = indices("--layers", options.layers), indices("--heads", options.heads)
     path = Path(options.audio)
     output = Path(options.output) if options.output else None if options.json else Path(f"{path.stem}.attention.png")
+    apart({"AUDIO": path, "--output": output, "--json": Path(options.json) if options.json else None})
     if output is not None:
         need_matplotlib()
         if output.suffix.lower() not in FORMATS:
@@ -56,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
     recording = open_recording(path)  # before a model is loaded
     first, last = stretch(options.start, options.end, recording.duration_s)
     model = build_model(options)
-    samples = at_rate(np.concatenate(list(recording.blocks())), recording.rate, model.sample_rate)
-    piece = samples[round(first * model.sample_rate) : round(last * model.sample_rate)]
+    samples = at_rate(between(recording, first, last), recording.rate, model.sample_rate)
+    piece = samples[: round(last * model.sample_rate) - round(first * model.sample_rate)]
     seen = view(model, piece, name=Path(options.model).name, layers=layers, heads=heads)
     if options.json:
         text = json.dumps(summary(seen), ensure_ascii=False) + "\n"
@@ -75,7 +79,9 @@ def indices(name: str, text: str | None) -> list[int] | None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise InputError(f"{name} {text}: wanted numbers from 0 with commas between, as in 0,2")
+        raise InputError(f"{name} {text[:40]}: wanted numbers from 0 with commas between, as in 0,2")
+    if (digits := max(map(len, parts))) > DIGITS:
+        raise InputError(f"{name}: a number of {digits} digits; no model has so many")
     return [int(part) for part in parts]
 
 
@@ -91,10 +97,31 @@ def stretch(start: float, end: float | None, duration_s: float) -> tuple[float, 
     return start, last
 
 
+def between(recording: Recording, first: float, last: float) -> Samples:
+    """Samples from one second up to another; nothing else is kept, and what comes behind is not read."""
+    start, end = round(first * recording.rate), round(last * recording.rate)
+    kept, at = [np.zeros(0, np.float32)], 0
+    for block in recording.blocks():
+        kept.append(block[max(0, start - at) : max(0, end - at)])
+        at += len(block)
+        if at >= end:
+            break
+    return np.concatenate(kept)
+
+
 def at_rate(samples: Samples, rate: int, wanted: int) -> Samples:
-    """The whole recording at another rate."""
+    """All samples at another rate."""
     resampler = Resampler(rate, wanted)
     return np.concatenate([resampler.feed(samples), resampler.feed(samples[:0], last=True)])
+
+
+def apart(files: dict[str, Path | None]) -> None:
+    """InputError where two of the named files are the same one, which would be overwritten."""
+    there = [(name, os.path.realpath(path), path) for name, path in files.items() if path is not None]
+    for (one, real, path), (other, real_other, path_other) in combinations(there, 2):
+        linked = path.exists() and path_other.exists() and path.samefile(path_other)
+        if real == real_other or linked:
+            raise InputError(f"{other} {path_other}: the same file as {one}, which would be overwritten")
 
 
 def writable(path: Path) -> None:

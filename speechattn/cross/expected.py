@@ -22,7 +22,6 @@ __all__ = ["Form", "Stops", "chunkwise", "hard", "infinite", "matrix", "preserve
            "scan", "sequential"]  # fmt: skip
 
 NEVER = -1e30  # an energy below all others, whose differences are still numbers
-LEAST = -100.0  # the logarithm of what is as good as 0
 
 
 class Form(Protocol):
@@ -103,7 +102,8 @@ def matrix(p: Tensor, start: Tensor | None = None) -> Tensor:
     Nothing is divided and nothing biased; memory and time O(T^2) a token.
     """
     wide = p.to(torch.promote_types(p.dtype, torch.float32))
-    logs = torch.log1p(-wide).clamp(min=LEAST).double()  # long sums of large numbers, whose differences count
+    least = torch.finfo(wide.dtype).eps / 2  # that is not stopped at p = 1, where the logarithm has no gradient
+    logs = torch.log1p(-wide.clamp(max=1 - least)).double()  # long sums of large numbers, whose differences count
     passed = logs.cumsum(-1) - logs
     up = torch.ones(p.shape[-1], p.shape[-1], dtype=torch.bool, device=p.device).triu()
     alpha, rows = begin(wide, start), []

@@ -81,6 +81,9 @@ def repeated(mask: Tensor, rows: int) -> Tensor:
     return mask if rows == len(mask) else mask.repeat_interleave(rows // len(mask), 0)
 
 
+NARROWEST = 0.3  # frames: of a Gaussian that is narrower the weights of whole frames would not sum to 1
+
+
 def unsoftplus(y: float) -> float:
     """The x of which softplus is `y`."""
     return log(expm1(y))
@@ -99,8 +102,10 @@ class MixtureAttention(Located):
     def __init__(
         self, dim: int, heads: int, *, components: int = 5, inner: int = 128, step: float = 1.0, width: float = 10.0
     ) -> None:
-        if components < 1 or step <= 0 or width <= 0:
-            raise ValueError(f"{components} components of width {width} that move by {step}: wanted more than 0")
+        if components < 1 or step <= 0 or width < NARROWEST:
+            raise ValueError(
+                f"{components} components of width {width} that move by {step}: wanted {NARROWEST} or wider"
+            )
         super().__init__(dim, heads, inner, 3 * components)
         self.components = components
         nn.init.normal_(self.last.weight, std=0.01)  # not 0: all components would stay the same
@@ -110,12 +115,14 @@ class MixtureAttention(Located):
 
     def place(self, rows: Tensor) -> Mixture:
         """Before the first frame there is, by one."""
-        return Mixture(rows.new_zeros(len(rows), self.heads, self.components) - 1)
+        wide = torch.promote_types(rows.dtype, torch.float32)  # frames are counted
+        return Mixture(torch.full((len(rows), self.heads, self.components), -1.0, dtype=wide, device=rows.device))
 
     def mixture(self, query: Tensor, place: Mixture) -> tuple[Tensor, Tensor, Tensor]:
         """Logarithms of the shares, means and widths [B, H, U, K] of the next tokens."""
-        share, step, width = self.predicted(query).chunk(3, -1)
-        return share.log_softmax(-1), place.means[:, :, None] + F.softplus(step).cumsum(2), F.softplus(width)
+        share, step, width = self.predicted(query).to(place.means.dtype).chunk(3, -1)
+        means = place.means[:, :, None] + F.softplus(step).cumsum(2)
+        return share.log_softmax(-1), means, F.softplus(width).clamp(min=NARROWEST)
 
     def attend(self, query: Tensor, read: SoftState, place: Mixture) -> tuple[Attended, Mixture]:
         """`query` [B * K, U, D] -> what it saw, and the means of the last token."""
@@ -125,7 +132,7 @@ class MixtureAttention(Located):
         height = share - width.log() - 0.5 * log(2 * pi)
         far = (at - means[..., None, :]) / width[..., None, :]
         weights = (height[..., None, :] - 0.5 * far.square()).exp().sum(-1).masked_fill(~mask[:, None, None], 0.0)
-        return self.seen(weights, read), Mixture(means[:, :, -1]) if query.shape[1] else place
+        return self.seen(weights.to(query.dtype), read), Mixture(means[:, :, -1]) if query.shape[1] else place
 
 
 def beta_binomial(n: int, a: float, b: float) -> Tensor:

@@ -148,7 +148,8 @@ class Monotonic(nn.Module):
     come; in a memory that has finished it sees nothing then, or with `preserve` its last frame, in training as in eval.
 
     Laws in eval: tokens one by one equal tokens at once. What is said does not know the frames behind the stops, so
-    to read more frames and go on equals having had them all. At p of 0 or 1 training and eval agree.
+    to read more frames and go on equals having had them all. At p of 0 or 1 training and eval agree,
+    but for `wait`, which training does not know.
 
     In training: `noise` is added to the energy (its standard deviation), so that p learns to be 0 or 1; p is
     `1 - stable_emit` times itself, so that heads learn to stop earlier (StableEmit, arXiv 2107.00635); each head is

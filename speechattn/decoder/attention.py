@@ -199,6 +199,8 @@ class AttentionDecoder(nn.Module):
         table, x = self.memory_positions, memory.frames
         if table is None:
             return memory
+        if not isinstance(memory, Memory):
+            raise ValueError(f"memory positions are for the frames of one source, not for {type(memory).__name__}")
         before = cross[0].mask.sum(1, keepdim=True) if cross else 0
         at = (before + x.mask.cumsum(1) - 1).clamp(min=0)
         if at.numel() and int(at.max()) >= len(table):

@@ -36,6 +36,10 @@ class LengthModel(nn.Module):
         """Frames [..., D], labels before the segment [...], distances [...] -> going on [...], ending [..., V or 1]."""
         raise NotImplementedError
 
+    def unlike(self, dim: int, vocab: int) -> str:
+        """Of what it is, where it does not fit frames of so many features and so many labels; else nothing."""
+        return ""
+
     def observe(self, labels: Tensor, lengths: Tensor) -> None:
         """Learn without gradients from segments [N] of these `lengths` [N] that say `labels` [N]."""
 
@@ -57,6 +61,10 @@ class NeuralLength(LengthModel):
         self.distance = nn.Embedding(reach, inner)
         self.out = nn.Linear(inner, 1)
 
+    def unlike(self, dim: int, vocab: int) -> str:
+        mine = self.frame.in_features, self.label.num_embeddings
+        return "" if mine == (dim, vocab) else f"{mine[0]} features and {mine[1]} labels"
+
     def forward(self, x: Tensor, last: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
         place = self.distance(distance.clamp(1, self.reach) - 1)
         logit = self.out((run(self.frame, x) + self.label(last) + place).tanh())
@@ -77,21 +85,25 @@ class StaticLength(LengthModel):
         if reach < 1 or not scale >= 0:
             raise ValueError(f"distances up to {reach} frames, scale {scale}: wanted 1 or more, 0 or more")
         self.scale, self.reach = scale, reach
-        self.register_buffer("count", torch.zeros(vocab))
-        self.register_buffer("total", torch.zeros(vocab))
+        self.register_buffer("count", torch.zeros(vocab, dtype=torch.long))  # which no cast makes less exact
+        self.register_buffer("total", torch.zeros(vocab, dtype=torch.long))
+
+    def unlike(self, dim: int, vocab: int) -> str:
+        return "" if len(self.count) == vocab else f"{len(self.count)} labels"
 
     def means(self) -> Tensor:
         """The mean length of each label [V]."""
-        all_of_them = self.total.sum() / self.count.sum().clamp(min=1)
-        return torch.where(self.count > 0, self.total / self.count.clamp(min=1), all_of_them)
+        count, total = self.count.double(), self.total.double()
+        all_of_them = total.sum() / count.sum().clamp(min=1)
+        return torch.where(count > 0, total / count.clamp(min=1), all_of_them)
 
     def forward(self, x: Tensor, last: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
         away = (distance.clamp(1, self.reach)[..., None] - self.means()).abs()
         return x.new_zeros(distance.shape), -self.scale * away.to(x.dtype)
 
     def observe(self, labels: Tensor, lengths: Tensor) -> None:
-        self.count.index_add_(0, labels, torch.ones_like(lengths, dtype=self.count.dtype))
-        self.total.index_add_(0, labels, lengths.clamp(max=self.reach).to(self.total.dtype))
+        self.count.index_add_(0, labels, torch.ones_like(lengths))
+        self.total.index_add_(0, labels, lengths.clamp(max=self.reach))
 
 
 class NoLength(LengthModel):
@@ -132,6 +144,10 @@ class Segmental(nn.Module):
             )
         if decoder.memory_positions is not None:
             raise ValueError("memory positions in a segmental decoder: what a segment says must not depend on the time")
+        if wrong := length.unlike(decoder.dim, decoder.vocab):
+            raise ValueError(
+                f"the length model is of {wrong}; the decoder has {decoder.dim} features, {decoder.vocab} labels"
+            )
         if not 1 <= history <= decoder.context:
             raise ValueError(f"a history of {history} tokens: wanted 1 to {decoder.context}, the decoder's context")
         self.decoder, self.length, self.history = decoder, length, history

@@ -18,6 +18,10 @@ from speechattn.errors import ModelError
 __all__ = ["build", "read_yaml"]
 
 VALUES = (Span, Blocks)  # besides modules
+FUNCTIONS = {
+    *(f"speechattn.decoder.attention.{name}" for name in ("learned", "sinusoids")),
+    *(f"speechattn.cross.expected.{name}" for name in ("matrix", "ratio", "scan", "sequential")),
+}  # that make tables of positions, or expected alignments
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -101,6 +105,8 @@ class Builder:
     def resolve(self, name: str, where: str) -> Any:
         """The class of that name, or a constructor of it (`Span.causal`)."""
         parts = name.split(".")
+        if name in FUNCTIONS:
+            return lookup(".".join(parts[:-1]), parts[-1:])
         if name.startswith("torch.nn.") and len(parts) == 3:
             found: Any = getattr(nn, parts[2], None)
             if inspect.isclass(found) and issubclass(found, nn.Module):

@@ -118,7 +118,10 @@ class Recognizer(nn.Module):
                 tokens = [s for phrase in spelled(phrases, self.tokenizer) for s in phrase.spellings]
                 book = Phrases(tokens, bonus=bonus, vocab=self.tokenizer.size)
                 book.lines = tuple(phrases)
-        return SEARCHES[kind].make(self.heads, self.tokenizer, beam_size, book)
+        try:
+            return SEARCHES[kind].make(self.heads, self.tokenizer, beam_size, book)
+        except ValueError as error:
+            raise InputError(f"search {kind}: {error}") from error
 
     def blank(self, frames: Frames) -> Tensor:
         """Where nothing is said [B, T] bool, as the CTC head of what is said hears it, or else the transducer."""

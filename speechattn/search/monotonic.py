@@ -103,7 +103,8 @@ class MonotonicBeam(Search):
         return replace(beam, said=beam.said.select(parents), score=beam.score.gather(1, parents), state=state)
 
     def room(self, beam: Beam) -> Tensor:
-        left: Tensor = 1 - beam.state.said / self.scorer.longest
+        living = (beam.score > NONE) & ~beam.state.ended
+        left: Tensor = (1 - beam.state.said / self.scorer.longest).where(living.any(1), 0.0)  # all done: none
         return left
 
     def _read(self, x: Frames, beam: Beam, finished: Tensor) -> Beam:

@@ -78,7 +78,7 @@ class Rescored(Search):
         length = there.sum(2)
         most = int(length.max()) if rows else 0
         order = (~there).long().argsort(dim=2, stable=True)[..., :most]  # those that are there in front
-        memory = Memory.of(Frames(heard.values, heard.mask))
+        memory = Memory.of(Frames(heard.values, heard.mask), finished=True)
         found = self.decoder.log_prob(
             memory, tokens.gather(2, order).flatten(0, 1), length.flatten(), sos=self.sos, eos=self.eos
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Mapping, Sequence
+from inspect import isfunction
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory, mkdtemp
@@ -55,7 +56,9 @@ def model_config(init_args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Mappings and lists all the way down."""
+    """Mappings and lists all the way down, and functions by name."""
+    if isfunction(value):
+        return f"{value.__module__}.{value.__qualname__}"
     if hasattr(value, "as_dict"):
         value = value.as_dict()
     if isinstance(value, Mapping):

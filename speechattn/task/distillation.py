@@ -153,5 +153,7 @@ def frame_by_frame(theirs: CTC, frames: Frames, mine: CTC, heard: Frames, temper
 def forced(model: Recognizer, frames: Frames, said: Said) -> tuple[Tensor, Tensor]:
     """Scores [B, U + 1, V] behind the true tokens, and which of them count."""
     head, end = head_of(model, "attention", AttentionDecoder), ending(model)
-    scores, _, counts, _ = head.forced(head.start(Memory.of(frames)), said.tokens, said.lengths, sos=end, eos=end)
+    scores, _, counts, _ = head.forced(
+        head.start(Memory.of(frames, finished=True)), said.tokens, said.lengths, sos=end, eos=end
+    )
     return scores, counts

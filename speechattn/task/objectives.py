@@ -181,7 +181,12 @@ class AttentionObjective(Objective):
     def losses(self, model: Recognizer, heard: Heard, said: Said) -> Tensor:
         end = ending(model)
         return head_of(model, self.name, AttentionDecoder).losses(
-            Memory.of(heard.frames), said.tokens, said.lengths, sos=end, eos=end, smoothing=self.smoothing
+            Memory.of(heard.frames, finished=True),
+            said.tokens,
+            said.lengths,
+            sos=end,
+            eos=end,
+            smoothing=self.smoothing,
         )
 
 
@@ -201,7 +206,7 @@ class CassNatObjective(Objective):
         ending(model)
 
     def losses(self, model: Recognizer, heard: Heard, said: Said) -> Tensor:
-        end, memory = ending(model), Memory.of(heard.frames)
+        end, memory = ending(model), Memory.of(heard.frames, finished=True)
         judge = Aligned(head_of(model, self.name, CassNatDecoder), head_of(model, "ctc", CTC))
         return judge.losses(memory, said.tokens, said.lengths, sos=end, eos=end, smoothing=self.smoothing)
 

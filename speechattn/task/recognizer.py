@@ -77,6 +77,11 @@ class Recognizer(Task):
             raise ValueError(f"compile {compile}: not with an objective that looks inside the encoder")
         if spans is not None and not self.own_spans:
             raise ValueError(f"spans: {type(encoder).__name__} has nothing that a span governs")
+        if spans is not None:  # says now which span the encoder cannot honour, not in the step that draws it
+            for span in {spans.draw(torch.Generator().manual_seed(seed)) for seed in range(100)}:
+                set_span(encoder, span)
+            for module, own in self.own_spans:
+                module.span = own
 
     @property
     def spelling(self) -> Pieces:
