@@ -55,7 +55,7 @@ def main() -> None:
     from claim.report import write
 
     section = claim.report(results)
-    write(args.page, args.name, section, f"python recipes/claims.py {args.name}")
+    write(args.page, args.name, section, claim.VERDICT, results, f"python recipes/claims.py {args.name}")
     print(section.text)
 
 

@@ -35,7 +35,11 @@ from speechattn.analysis.statistics import (
 )
 from speechattn.analysis.weights import attention_layers, gated, layer_weights
 from speechattn.attention import Alibi, Blocks, Pattern, Relative, Rotary, SelfAttention, Span
+from speechattn.attention.duo import DuoAttention, hardened, split
+from speechattn.cross.monotonic import HardMonotonic
+from speechattn.cross.segmental import SegmentAttention, Within
 from speechattn.decoder.attention import AttentionDecoder
+from speechattn.decoder.segmental import NoLength, Segmental
 from speechattn.encoder import Conformer, EBranchformer, EfficientConformer
 from speechattn.errors import InputError
 from speechattn.frames import Frames, Memory
@@ -187,6 +191,20 @@ def test_cross_weights_are_those_of_each_head(precise: None) -> None:
         close(found[:, layer, head], seen[:, 0])
 
 
+def test_heads_that_were_split_are_one_layer(precise: None) -> None:
+    encoder = Conformer(D, D, 2, H, 8, span=Span(None, 2), kernel=3, attention=partial(DuoAttention, left=2, sinks=1))
+    random(encoder.double())
+    layers = [module for module in encoder.modules() if isinstance(module, DuoAttention)]
+    for layer, gates in zip(layers, ([0, 1], [1, 0]), strict=True):
+        layer.gates.data = torch.tensor(gates).double()
+    x = random_frames([60, 41], D)
+    found, whole = encoder_weights(split(encoder, 0.5), x), encoder_weights(hardened(encoder, 0.5), x)
+    assert [one.name for one in found] == [f"layers.{i}.attention.first.heads" for i in range(2)]
+    assert [one.weights.shape[1] for one in found] == [H, H]
+    close(found[0].weights, whole[0].weights.flip(1))  # those that see everything come first
+    close(rollout([one.weights for one in found]), rollout([one.weights for one in whole]))
+
+
 # --- statistics
 
 
@@ -270,6 +288,15 @@ def test_alignments_that_go_forward_and_back(precise: None) -> None:
     close(coverage(torch.eye(6)), 1.0)
     close(coverage(forward[:1].repeat(3, 1)), 1 / 6)
     close(coverage(torch.eye(6)[[0, 3]]), 2 / 6)
+
+
+def test_tokens_that_look_nowhere(precise: None) -> None:
+    forward, nowhere = torch.eye(6)[[0, 2, 2, 5]], torch.zeros(1, 6)
+    close(monotonicity(torch.cat([nowhere, forward[:2], nowhere, nowhere, forward[2:], nowhere])), 1.0)
+    rows = torch.stack([torch.cat([forward[[3]], nowhere, forward[[0]]]), nowhere.repeat(3, 1)])
+    close(monotonicity(rows), [0.0, 1.0])
+    close(coverage(torch.stack([nowhere, forward[:1]])), [0.0, 1 / 6])
+    close(coverage(torch.zeros(2, 3, 0)), [0.0, 0.0])
 
 
 # --- rollout and flow
@@ -451,6 +478,23 @@ def test_readings_that_cannot_be(digits: Recognizer) -> None:
     bare = Recognizer(digits.front_end, digits.encoder, {"ctc": digits.ctc}, digits.tokenizer)
     with pytest.raises(InputError, match="no attention decoder"):
         half_explanation(bare, clip(), text="seven")
+
+
+def test_heads_that_walk_are_shown_and_segments_are_not(digits: Recognizer) -> None:
+    tokens, dim, end = digits.tokenizer.size, digits.ctc.head.in_features, digits.tokenizer.end
+    walking = AttentionDecoder(tokens, 40, dim, 4, 2, cross=HardMonotonic).eval()
+    bare = Recognizer(digits.front_end, digits.encoder, {"monotonic": walking}, digits.tokenizer)
+    reading = Reading.of(bare, clip(), "seven eight")
+    assert reading.decoder is walking
+    assert reading.prompt == (end,)
+    assert reading.cross_weights().shape[:3] == (2, 4, len(reading.tokens))
+    both = Recognizer(digits.front_end, digits.encoder, {**digits.heads, "monotonic": walking}, digits.tokenizer)
+    assert Reading.of(both, clip(), "seven").decoder is digits.heads["attention"]
+    cross = partial(SegmentAttention, boundary=Within())
+    segmental = Segmental(AttentionDecoder(tokens, 40, dim, 4, 1, cross=cross), NoLength())
+    heads = {"segmental": segmental, "ctc": digits.ctc}
+    with pytest.raises(InputError, match="its cross-attention is its segments"):
+        Reading.of(Recognizer(digits.front_end, digits.encoder, heads, digits.tokenizer), clip(), "one").cross_weights()
 
 
 def test_the_how_to_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -17,11 +17,21 @@ import yaml
 from matplotlib.patches import Rectangle
 from safetensors.torch import load_file, save_file
 
+from speechattn.analysis import view as views
 from speechattn.analysis.picture import draw, placed, save
 from speechattn.analysis.saliency import Reading
 from speechattn.analysis.view import Map, Spoken, View, listen, view
+from speechattn.attention import Span
+from speechattn.attention.based import Based, TaylorAttention
+from speechattn.attention.echo import EchoAttention
+from speechattn.attention.linear import LightningAttention
+from speechattn.attention.mega import Mega
+from speechattn.attention.moba import MoBA
+from speechattn.attention.quest import Quest
+from speechattn.audio.read import Recording, open_recording
 from speechattn.cli import attention
 from speechattn.cli.main import complain
+from speechattn.encoder import Conformer
 from speechattn.errors import InputError, SpeechAttnError
 from speechattn.model import Recognizer, load_model
 from speechattn.pretrained.whisper import WhisperModel
@@ -203,12 +213,84 @@ def test_models_without_an_attention_decoder(kind: str, names: list[str], poor: 
         view(model, samples(), name="poor", layers=[4])
 
 
+def heard_by(digits: Recognizer, kind: Any) -> Recognizer:
+    """The digits' front-end and CTC head around an encoder with another attention, of weights by chance."""
+    heads, span = (1, Span.full()) if kind is Mega else (4, Span.causal())
+    encoder = Conformer(40, 64, 2, heads, 64, span=span, kernel=3, position=None, attention=kind)
+    return Recognizer(digits.front_end, encoder, {"ctc": digits.ctc}, digits.tokenizer).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        *((kind, f"{kind.__name__} does not say where it looks: it needs a method weights(x)") for kind in (MoBA, Quest)),
+        *((kind, "no self-attention whose weights could be shown")
+          for kind in (LightningAttention, TaylorAttention, Based, Mega)),
+        (EchoAttention, "no rollout: block layers.0 has several attentions side by side"),
+    ],
+)  # fmt: skip
+def test_encoders_without_weights_or_rollout(
+    kind: Any, reason: str, digits: Recognizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "listen", lambda *_: (Spoken(" one", 0.1, 0.4, 0.5),))
+    model = heard_by(digits, kind)
+    seen = view(model, samples(), name="m")
+    assert [one.name for one in seen.maps] == ["CTC posterior"]
+    assert seen.title.startswith("m: CTC posterior (no attention decoder; ")
+    assert reason in seen.title
+    assert ("entropy" in seen.statistics) == (kind is EchoAttention)
+    if kind is not EchoAttention:
+        with pytest.raises(InputError, match="no layers and heads to choose from"):
+            view(model, samples(), name="m", layers=[0])
+    bare = Recognizer(model.front_end, model.encoder, {"transducer": digits.heads["transducer"]}, digits.tokenizer)
+    with pytest.raises(InputError, match="there is nothing to show: no attention decoder, no CTC head, and"):
+        view(bare, samples(), name="m")
+
+
+def test_files_that_are_one_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sound = tmp_path / "a.png"
+    sound.write_bytes(CLIP.read_bytes())
+    (tmp_path / "b.png").hardlink_to(sound)
+    before = sound.read_bytes()
+    for arguments, names in (
+        (["a.png", "--json", "new.png", "--output", "./new.png"], "--json new.png: the same file as --output"),
+        (["a.png", "--output", sound], "the same file as AUDIO"),
+        (["a.png", "--json", "b.png"], "--json b.png: the same file as AUDIO"),
+    ):
+        assert command(*arguments, "--model", "nowhere") == 2
+        assert names in capsys.readouterr().err
+    assert sound.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_only_the_stretch_is_kept_and_nothing_behind_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.arange(80_000, dtype=np.float32) / 80_000
+    soundfile.write(tmp_path / "long.wav", x, 8000, subtype="FLOAT")
+    recording, read, blocks = open_recording(tmp_path / "long.wav"), [0], Recording.blocks
+
+    def counted(self: Recording) -> Any:
+        for block in blocks(self):
+            read[0] += len(block)
+            yield block
+
+    monkeypatch.setattr(Recording, "blocks", counted)
+    assert np.array_equal(attention.between(recording, 1.234, 2.5), x[9872:20000])
+    assert read[0] == 20_000
+    assert np.array_equal(attention.between(recording, 0, 10), x)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--layers", "2"], "layer 2: this model has layers 0 to 1"),
         (["--heads", "0,4,7"], "head 4, 7: this model has heads 0 to 3"),
         (["--layers", "one"], "--layers one: wanted numbers from 0 with commas between"),
+        (["--layers", "9" * 5000], "--layers: a number of 5000 digits"),
         (["--output", "a.gif"], "--output a.gif: a picture ends in .png, .svg, .pdf"),
         (["--output", "nowhere/a.png"], "nowhere/a.png: No such file or directory"),
         (["--json", "nowhere/a.json"], "nowhere/a.json: No such file or directory"),

@@ -24,6 +24,8 @@ SPANS = {
     "16-0": Span.sliding(16), "16-1": Span.sliding(16, 1), "16-2": Span.sliding(16, 2),
 }  # fmt: skip
 POINTS = {"full": 3, "all-0": 3, "2-0": 1, "8-0": 1, "16-0": 3, "16-1": 1, "16-2": 3}
+VERDICT = """\
+TO BE WRITTEN"""
 
 
 def run(point: str, seed: int, data: Data) -> dict[str, Any]:

@@ -21,6 +21,10 @@ KINDS = ("conformer", "efficient", "ungrouped")
 POINTS = {"conformer": 3, "efficient": 3, "ungrouped": 1, "cost": 1}
 STEPS = 800
 SECONDS = (5, 15, 30)
+VERDICT = """\
+**It holds in part.** Groups and falling rates are faster for longer utterances; without groups the first stage costs
+more than the falling rate saves. But there are more errors, by 0.7 points, with a quarter more parameters. The
+utterances of this training last two seconds, and a digit four frames of 80 ms."""
 
 
 def encoder(kind: str) -> Encoder:

@@ -15,6 +15,8 @@ SAID = {
     "segmental": "segment, aligned by CTC", "window-own": "local window, re-aligned",
     "hard-own": "hard, re-aligned", "segmental-own": "segment, re-aligned",
 }  # fmt: skip
+VERDICT = """\
+TO BE WRITTEN"""
 
 
 def report(results: Results) -> Section:

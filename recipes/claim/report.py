@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(page: Path, name: str, section: Section, command: str) -> None:
-    """Put the section into its place on the page, or behind the others, with its picture beside."""
+def write(
+    page: Path,
+    name: str,
+    section: Section,
+    verdict: str,
+    results: Results,
+    command: str,
+) -> None:
+    """Put the section into its place on the page, or behind the others, with picture and figures beside."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -48,7 +56,8 @@ def write(page: Path, name: str, section: Section, command: str) -> None:
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     figure.savefig(pictures / f"{name}.svg", metadata={"Date": None})
-    body = f"{section.text}\n\n![{section.title}](claims/{name}.svg)\n\n`{command}`\n"
+    (pictures / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    body = f"{section.text}\n\n{verdict}\n\n![{section.title}](claims/{name}.svg)\n\n`{command}`\n"
     parts = page.read_text(encoding="utf-8").split("\n## ")
     made = f"{section.title}\n\n{body}"
     at = [i for i, part in enumerate(parts) if part.startswith(f"{section.title}\n")]

@@ -28,6 +28,8 @@ SPANS = {
 POINTS = {"trained on all": 3}
 STEPS, HOURS = 800, 2.0
 ALL_S = 300  # so long the encoder may see everything
+VERDICT = """\
+TO BE WRITTEN"""
 
 
 def run(point: str, seed: int, data: Data) -> dict[str, Any]:

@@ -31,6 +31,10 @@ SAID = {
     "sparse, monotonic": "alpha-entmax in the encoder, monotonic heads in the decoder",
 }  # fmt: skip
 STEPS, BEAM = 750, 4
+VERDICT = """\
+**It holds, but for the spread.** Heads give weight to a quarter of the frames, and errors are fewer with attention,
+and no more with CTC; but alphas differ by less than 0.05 from head to head, since they hardly move in so short a
+training."""
 
 
 def run(point: str, seed: int, data: Data) -> dict[str, Any]:
