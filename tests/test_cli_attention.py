@@ -223,7 +223,8 @@ def heard_by(digits: Recognizer, kind: Any) -> Recognizer:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        *((kind, f"{kind.__name__} does not say where it looks: it needs a method weights(x)") for kind in (MoBA, Quest)),
+        *((kind, f"{kind.__name__} does not say where it looks: it needs a method weights(x)")
+          for kind in (MoBA, Quest)),
         *((kind, "no self-attention whose weights could be shown")
           for kind in (LightningAttention, TaylorAttention, Based, Mega)),
         (EchoAttention, "no rollout: block layers.0 has several attentions side by side"),

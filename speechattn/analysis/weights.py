@@ -201,7 +201,7 @@ def together(layers: Sequence[LayerWeights], divided: set[str]) -> list[LayerWei
     found: list[LayerWeights] = []
     for one in layers:
         name, _, side = one.name.rpartition(".")
-        if side == "second" and name in divided:
+        if side == "second" and name in divided and found and found[-1].name == f"{name}.first":
             first = found.pop()
             one = LayerWeights(name, first.input, torch.cat([first.weights, one.weights], 1))
         found.append(one)
