@@ -9,14 +9,16 @@ from claim.report import Results, Section, spread, table
 from claim.segmental import run as run
 
 FOLDER = "segmental"  # whose trainings are these, too
-POINTS = {"positions": 3, "segmental": 3, "window": 1, "hard": 1, "segmental-own": 1}
+POINTS = {"positions": 3, "segmental": 3, "window": 1, "hard": 1}
 SAID = {
     "positions": "global soft attention",
     "segmental": "segment, aligned by CTC", "window": "local window, aligned by CTC", "hard": "hard, aligned by CTC",
-    "segmental-own": "segment, re-aligned by itself",
 }  # fmt: skip
 VERDICT = """\
-TO BE WRITTEN"""
+**It holds, with less than the claim needs.** In the same short training latent positions make fewer errors than
+global soft attention, which has not converged; it does not follow that they match it where both have. Segments, a
+local window and a single frame are all told where labels end by the CTC head beside them, and on the mean none of
+them is better than that head. Alignment by the head itself (`OwnAlignment`) was not tried here."""
 
 
 def report(results: Results) -> Section:
@@ -26,9 +28,8 @@ def report(results: Results) -> Section:
     ]
     text = (
         f"Word error rate in % on {results['positions'][0]['words']} words, a beam of four; mean and "
-        f"standard deviation over "
-        "the seeds. The CTC head beside it is greedy. Re-aligned: in the second half of the training the best segments "
-        "by the head itself.\n\n" + table(["attention", "WER %", "its CTC head, WER %", "seeds"], rows)
+        "standard deviation over the seeds. The CTC head beside it is greedy.\n\n"
+        + table(["attention", "WER %", "its CTC head, WER %", "seeds"], rows)
     )
 
     def draw(figure: Any) -> None:
