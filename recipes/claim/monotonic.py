@@ -99,7 +99,8 @@ def report(results: Results) -> Section:
     text = (
         f"Word error rate in % on {results['soft'][0]['words']} words, a beam of {BEAM}, one decoder layer with four "
         "heads over the same encoder (chunks of 320 ms); mean and standard deviation over the seeds. `soft` sees the "
-        "whole utterance; the others stream. `mma-L`: infinite lookback with HeadDrop 0.5 (`no head-drop-L`: without) and L "
+        "whole utterance; the others stream. `mma-L`: infinite lookback with HeadDrop 0.5 (`no head-drop-L`: "
+        "without) and L "
         "times average lagging and variance of heads, in frames. Late: how far behind the end of a word, as flite "
         "tells it, the last head stops, in strings that are right; what the encoder's chunk waits is not in it.\n\n"
         + table(["attention", "WER %", "late, s", "seeds"], rows)
