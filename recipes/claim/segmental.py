@@ -27,8 +27,9 @@ REALIGNED = 350  # batches of the segmental objective before the head aligns its
 BOUNDARIES = {"hard": AtFrame(), "window": Around(4, 2), "segmental": Within(25)}
 VERDICT = """\
 **It holds.** Global attention breaks at twice the length of the training, whether frames have positions or not;
-segmental attention loses a point or two up to twenty times. A trap on the way: told from the first step where a CTC
-head that knows nothing yet hears the labels, one of three segmental models did not learn (84 %). So all of these
+segmental attention loses a point or two up to twenty times. Global decoders also count their tokens, to numbers that
+training never saw; which of this breaks them was not told apart. A trap on the way: told from the first step where a
+CTC head that knows nothing yet hears the labels, one of three segmental models did not learn (84 %). So all of these
 train CTC alone for the first 250 steps."""
 
 
