@@ -136,6 +136,13 @@ def test_gates_are_pruned_and_heads_split_at_export(tmp_path: Path, manifest: Pa
     sound = Frames(x, torch.ones_like(x, dtype=torch.bool))
     torch.testing.assert_close(small.listening(sound).values, model.listening(sound).values, rtol=0, atol=1e-5)
     capsys.readouterr()
+    last = str(tmp_path / "gated/run/checkpoints/last.ckpt")
+    assert main(["export", last, str(tmp_path / "small"), "--prune"]) == 0
+    kept = load_model(tmp_path / "small")
+    assert isinstance(kept, Recognizer)
+    assert type(kept.encoder).__name__ == "PrunedEncoder"
+    assert not [name for name, _ in kept.named_parameters() if "gates" in name]
+    capsys.readouterr()
     last = str(tmp_path / "duo/run/checkpoints/last.ckpt")
     assert main(["export", last, str(tmp_path / "other"), "--prune"]) == 2
     assert "no gates" in capsys.readouterr().err
