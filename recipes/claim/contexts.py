@@ -50,12 +50,11 @@ STEPS = 750
 def report(results: Results) -> Section:
     wer = {point: [one["wer"] for one in each] for point, each in results.items()}
     middle = {point: mean(each) for point, each in wer.items()}
-    names = {"all": "all", "full": "all"}
     rows = []
     for point in POINTS:
         left, right = ("all", "all") if point == "full" else point.split("-")
         ahead = "to the end" if right == "all" else f"{int(right) * DEPTH * FRAME_MS} ms"
-        rows.append([names.get(left, left), right, ahead, spread(wer[point], 2), str(len(wer[point]))])
+        rows.append([left, right, ahead, spread(wer[point], 2), str(len(wer[point]))])
     one = results["full"][0]
     costs, closed = middle["16-0"] - middle["all-0"], middle["16-0"] - middle["16-2"]
     gap = middle["16-0"] - middle["full"]

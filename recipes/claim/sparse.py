@@ -15,20 +15,17 @@ from claim.training import Data, count, recogniser, train
 from speechattn.attention import SelfAttention, Span
 from speechattn.attention.entmax import Entmax
 from speechattn.attention.sparse import SparseSelfAttention
-from speechattn.cross.monotonic import InfiniteLookback
+from speechattn.cross import CrossMaker
 from speechattn.cross.soft import Soft
 from speechattn.decoder.ctc import CTC
 from speechattn.encoder import Conformer, Encoder
 from speechattn.encoder.layers import Subsample
 from speechattn.frames import Frames
-from speechattn.search.monotonic import MonotonicBeam
-from speechattn.task.monotonic import MonotonicObjective
-from speechattn.task.objectives import AttentionObjective, Objective
+from speechattn.task.objectives import AttentionObjective
 
 POINTS = {"softmax": 3, "sparse": 3}
 SAID = {
     "softmax": "softmax", "sparse": "alpha-entmax in encoder and decoder",
-    "sparse, monotonic": "alpha-entmax in the encoder, monotonic heads in the decoder",
 }  # fmt: skip
 STEPS, BEAM = 750, 4
 VERDICT = """\
@@ -42,19 +39,11 @@ def run(point: str, seed: int, data: Data) -> dict[str, Any]:
     front = Subsample(MELS, DIM, factor=4, channels=24)
     kind = SelfAttention if point == "softmax" else SparseSelfAttention
     encoder = Conformer(MELS, DIM, 4, 4, 192, span=Span.full(), kernel=9, attention=kind, subsample=front)
-    name, objective = "attention", AttentionObjective(0.7)
-    cross: Any = Soft if point == "softmax" else partial(Soft, normaliser=Entmax)
-    if point == "sparse, monotonic":
-        name, cross = "monotonic", partial(InfiniteLookback, head_drop=0.5, offset=-2.0)
-        objective: Objective = MonotonicObjective(0.7)
-    head = decoder(2 if name == "attention" else 1, cross, positions=name == "attention")
-    model = recogniser(encoder, {"ctc": CTC(DIM, VOCAB), name: head})
-    done = train(model, objectives(objective), data, seed=seed, steps=STEPS, alone=ALONE)
-    end = model.tokenizer.end
-    if name == "monotonic":
-        search: Any = MonotonicBeam(head, BEAM, sos=end, eos=end, never=(0,))
-    else:
-        search = model.search("attention", beam_size=BEAM)
+    cross: CrossMaker = Soft if point == "softmax" else partial(Soft, normaliser=Entmax)
+    head = decoder(2, cross, positions=True)
+    model = recogniser(encoder, {"ctc": CTC(DIM, VOCAB), "attention": head})
+    done = train(model, objectives(AttentionObjective(0.7)), data, seed=seed, steps=STEPS, alone=ALONE)
+    search = model.search("attention", beam_size=BEAM)
     errors = count(model, search, data.joined(1))
     found = {"wer": errors.rate, "words": errors.words, "parameters": done.parameters, "training_s": done.seconds}
     found["ctc"] = count(model, model.search("ctc", beam_size=1), data.joined(1)).rate
