@@ -7,11 +7,14 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/speechattn demo $(FILE) $(ARGS)
 
+# Kernels run in Triton's interpreter, which wants a process of its own.
 test: .venv/dev
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest kernels/tests
 
 test-all: .venv/dev
 	$(BIN)/pytest -m ""
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "" kernels/tests
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import log, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,20 @@ from torch import Tensor, nn
 from speechattn.attention.pattern import constant
 from speechattn.linear import eager
 
-__all__ = ["Alibi", "Bucketed", "Position", "Relative", "Rotary"]
+__all__ = ["Alibi", "Bucketed", "Position", "Relative", "Rotary", "Terms"]
+
+
+class Terms(NamedTuple):
+    """A position as kernels compute it in their tiles; R distances (query minus key index) in ascending order.
+
+    `shift` [H, D] is added to the queries; q . `rows` [H, D, R] and `table` [H, R] are added to the scaled scores;
+    queries and keys turn by `turns` [2, P, D / 2], cosines and sines of P places.
+    """
+
+    shift: Tensor | None = None
+    rows: Tensor | None = None
+    table: Tensor | None = None
+    turns: Tensor | None = None
 
 
 class Position(nn.Module):
@@ -31,6 +44,10 @@ class Position(nn.Module):
 
     def scalars(self, distances: range, device: torch.device) -> Tensor | None:
         """The bias as a table [H, len(distances)] of query minus key index, where it does not depend on q."""
+        return None
+
+    def terms(self, distances: range, places: range, like: Tensor) -> Terms | None:
+        """The same for kernels, for queries like `like` [B, H, T, D]; None where it has no such form."""
         return None
 
 
@@ -117,6 +134,10 @@ class Relative(Position):
         scores = torch.baddbmm(own, q.transpose(0, 1).reshape(h, b * c, d), rows)
         return skewed(scores.view(h, b, c, scores.shape[2]), c, len(keys)).transpose(0, 1)
 
+    def terms(self, distances: range, places: range, like: Tensor) -> Terms | None:
+        rows, own = self.rows(distances, like)  # (q + v) . r = (q + u) . r + (v - u) . r
+        return Terms(shift=self.u, rows=rows, table=(own - self.u[:, None].to(rows.dtype) @ rows)[:, 0])
+
     def rows(self, distances: range, like: Tensor) -> tuple[Tensor, Tensor]:
         """W r(distance) by head [H, D, R] and v . W r(distance) [H, 1, R], scaled; R is len(distances).
 
@@ -168,6 +189,9 @@ class Rotary(Position):
     def turn(self, q: Tensor, k: Tensor, queries: range, keys: range) -> tuple[Tensor, Tensor]:
         return self._turned(q, queries), self._turned(k, keys)
 
+    def terms(self, distances: range, places: range, like: Tensor) -> Terms | None:
+        return Terms(turns=turns(places, like.shape[-1], self.base, torch.float32, like.device))
+
     def _turned(self, x: Tensor, indices: range) -> Tensor:
         cos, sin = turns(indices, x.shape[-1], self.base, x.dtype, x.device)
         a, b = x.chunk(2, -1)
@@ -182,6 +206,9 @@ class Scalar(Position):
         assert table is not None
         rows = table.to(q.dtype)[:, None].expand(-1, len(queries), -1)
         return skewed(rows, len(queries), len(keys))[None]  # the fused kernel wants all four dimensions
+
+    def terms(self, distances: range, places: range, like: Tensor) -> Terms | None:
+        return Terms(table=self.scalars(distances, like.device))
 
 
 @constant
