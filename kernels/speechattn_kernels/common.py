@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Launch", "divided", "launch", "power", "precision", "recorded", "unable"]
+__all__ = ["Launch", "divided", "launch", "power", "precision", "recorded", "registered", "unable"]
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,6 +51,15 @@ def launch(kernel: Any, grid: Sequence[int], args: dict[str, Any], *, warps: int
             kernel[grid](**args, num_warps=warps, num_stages=stages)
 
 
+def registered(
+    name: str, run: Callable[..., Any], fake: Callable[..., Any], *, mutates: Sequence[str] = ()
+) -> torch.library.CustomOpDef:
+    """`run` as an op of torch, which compilers follow by `fake`; while launches are recorded it runs on any device."""
+    op = torch.library.custom_op(f"speechattn::{name}", run, mutates_args=tuple(mutates))
+    op.register_fake(lambda *args: run(*args) if _records else fake(*args))
+    return op
+
+
 def unable(x: Tensor) -> str | None:
     """Why no kernel can read `x` here; None if one can."""
     if x.dtype not in TYPES:
@@ -59,7 +68,7 @@ def unable(x: Tensor) -> str | None:
         major, minor = torch.cuda.get_device_capability(x.device)
         return None if major >= 8 else f"it needs compute capability 8.0, the GPU has {major}.{minor}"
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
+        return None if x.dtype != torch.bfloat16 else "Triton's interpreter multiplies bfloat16 as if it were integers"
     return f"it needs CUDA, the tensors are on {x.device.type} (TRITON_INTERPRET=1 runs it there, slowly)"
 
 

@@ -11,6 +11,7 @@ from speechattn.attention.fused import Fused
 from speechattn.attention.pattern import Pattern
 from speechattn.attention.position import Position
 from speechattn.attention.reference import Reference
+from speechattn.attention.triton import Triton
 from speechattn.attention.window import Windowed
 
 __all__ = ["BACKENDS", "Backend", "attend", "choose"]
@@ -24,6 +25,9 @@ class Backend(Protocol):
     def supports(self, q: Tensor, pattern: Pattern, position: Position | None) -> str | None:
         """None if it can, else the reason why not."""
 
+    def preferred(self, q: Tensor) -> bool:
+        """Is it what "auto" wants for such queries?"""
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, valid: Tensor, position: Position | None
     ) -> Tensor:
@@ -33,14 +37,16 @@ class Backend(Protocol):
         """
 
 
-# flex comes last, so "auto" never takes it: it is compiled anew for each length of utterance.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Windowed(), Fused(), Reference(), Flex())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Triton(), Windowed(), Fused(), Reference(), Flex())}
 
 
 def choose(q: Tensor, pattern: Pattern, position: Position | None, backend: str) -> Backend:
-    """The named backend, or with "auto" the first that supports the call; ValueError gives the reason why not."""
+    """The named backend, or with "auto" the first that is preferred and supports the call.
+
+    ValueError gives the reason why the named one does not.
+    """
     if backend == "auto":
-        return next(b for b in BACKENDS.values() if b.supports(q, pattern, position) is None)
+        return next(b for b in BACKENDS.values() if b.preferred(q) and b.supports(q, pattern, position) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend}: wanted auto or one of {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].supports(q, pattern, position)

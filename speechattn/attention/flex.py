@@ -33,6 +33,10 @@ class Flex:
             return "the Transformer-XL term depends on the query"
         return None
 
+    def preferred(self, q: Tensor) -> bool:
+        """Never: it is compiled anew for each length of utterance."""
+        return False
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, valid: Tensor, position: Position | None
     ) -> Tensor:

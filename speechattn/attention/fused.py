@@ -20,6 +20,10 @@ class Fused:
         """Everything but sinks."""
         return "sinks stand at a distance that depends on the query" if pattern.sinks else None
 
+    def preferred(self, q: Tensor) -> bool:
+        """Always."""
+        return True
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, valid: Tensor, position: Position | None
     ) -> Tensor:

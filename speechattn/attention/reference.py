@@ -21,6 +21,10 @@ class Reference:
         """Everything."""
         return None
 
+    def preferred(self, q: Tensor) -> bool:
+        """Always."""
+        return True
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, valid: Tensor, position: Position | None
     ) -> Tensor:
@@ -47,7 +51,7 @@ class Reference:
         which = first_valid(valid, n)
         held = gathered(k, which)
         inside = torch.cat([
-            scores(q[:, :, at : at + chunk], held, position, range(chunk), range(-left - n, -left))
+            scores(q[:, :, at : at + chunk], held, position, range(min(chunk, frames - at)), range(-left - n, -left))
             for at in range(0, frames, chunk)
         ], 2)  # fmt: skip
         begin = torch.arange(frames, device=q.device) // chunk * chunk + (k.shape[2] - pattern.right - frames) - left

@@ -32,6 +32,10 @@ class Windowed:
             return "the pattern is not bounded to the left"
         return None
 
+    def preferred(self, q: Tensor) -> bool:
+        """Always."""
+        return True
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, valid: Tensor, position: Position | None
     ) -> Tensor:
