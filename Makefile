@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train clean
+.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train bench-kernels aot-kernels clean
 
 demo: .venv/demo
 	$(BIN)/speechattn demo $(FILE) $(ARGS)
@@ -34,6 +34,13 @@ bench-search: .venv/dev
 
 bench-train: .venv/dev
 	$(BIN)/python benchmarks/train.py $(ARGS)
+
+bench-kernels: .venv/dev
+	$(BIN)/python benchmarks/kernels.py $(ARGS)
+
+# What the compiler makes of every kernel, for sm_80 and sm_90; ARGS="--default --op window".
+aot-kernels: .venv/dev
+	$(BIN)/python kernels/aot.py $(ARGS)
 
 # --without-pip and pip's --python: works where Debian's python3-venv is not installed.
 .venv/bin/pip:

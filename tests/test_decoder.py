@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from speechattn import tree
+from speechattn.attention.entmax import Entmax
+from speechattn.cross.location import DynamicConvolution, MixtureAttention
+from speechattn.cross.monotonic import HardMonotonic, MoChA
+from speechattn.cross.segmental import SegmentAttention, Segments, Within
 from speechattn.cross.soft import Soft
+from speechattn.cross.sources import Flat, Hierarchical, Sources
 from speechattn.decoder.attention import AttentionDecoder, sinusoids
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
@@ -63,6 +69,43 @@ def test_soft_row_without_a_frame_sees_nothing_and_nan_does_not_leak() -> None:
     assert seen.weights[1].abs().sum() == 0
 
 
+@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize("kind", [
+    Soft, Flat, Hierarchical, MixtureAttention, DynamicConvolution, HardMonotonic, partial(MoChA, chunk_heads=2),
+    partial(SegmentAttention, boundary=Within(3)), partial(Soft, normaliser=Entmax),
+])  # fmt: skip
+def test_whoever_asks_for_heads_gets_these_and_the_same_context(kind: Any, beam: int) -> None:
+    cross = kind(DIM, HEADS).double().eval()
+    heard: Any = memory([5, 3, 1])
+    heard.frames.values[2], heard.frames.mask[2] = 0.0, False
+    heard = Sources((heard, memory([2, 4, 1]))) if isinstance(cross, (Flat, Hierarchical)) else heard
+    query, read = torch.randn(3 * beam, 4, DIM, dtype=torch.double), cross.read(heard)
+    place = cross.place(query)
+    if isinstance(cross, SegmentAttention):
+        place = Segments.until(torch.tensor([[1, 2, 4, 5]]).expand(3 * beam, -1))
+    every, _ = cross.attend(query, read, place)
+    for heads in ((), (1,), (1, 0)):
+        seen, _ = cross.attend(query, read, place, heads=heads)
+        torch.testing.assert_close(seen.context, every.context, rtol=0, atol=1e-12)
+        torch.testing.assert_close(seen.alignment, every.alignment[:, list(heads)], rtol=0, atol=1e-12)
+        assert torch.equal(seen.waiting, every.waiting)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_without_weights_is_that_with_weights(dtype: torch.dtype) -> None:
+    """Values and gradients, and zeros in the row without a frame."""
+    soft, heard = Soft(DIM, HEADS).to(dtype), memory([50, 31, 50])
+    x = Frames.of(heard.frames.values.to(dtype), heard.frames.mask & torch.tensor([[True], [True], [False]]))
+    query, near = torch.randn(3, 4, DIM, dtype=dtype), 2e-6 if dtype == torch.float32 else 0.05
+    found = []
+    for heads in ((), (0, 1)):
+        context = soft.attend(query, soft.read(Memory.of(x)), (), heads=heads)[0].context
+        found.append((context, *torch.autograd.grad(context.square().sum(), list(soft.parameters()))))
+        assert torch.equal(context[2], soft.out.bias.expand(4, -1))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=near, atol=near * 10)
+
+
 def test_memory_read_before_stands_behind() -> None:
     net = decoder()
     whole = memory([9])
@@ -109,6 +152,15 @@ def test_rows_of_different_age_share_a_batch() -> None:
     expected, _, _ = net.step(tokens[1:, 4:], short)
     y, _, _ = net.step(tokens[:, 4:], tree.concat([long, short]))
     torch.testing.assert_close(y[1:], expected, rtol=0, atol=1e-12)
+
+
+def test_rows_come_in_the_order_of_the_pairs() -> None:
+    net, heard, tokens = decoder(), memory([6, 4]), torch.randint(20, (2, 3))
+    pairs = ((1, 1), (0, 0), (1, 0), (0, 1), (1, 1))
+    _, seen, _ = net.step(tokens, net.start(heard), heads=pairs)
+    for i, pair in enumerate(pairs):
+        _, one, _ = net.step(tokens, net.start(heard), heads=(pair,))
+        torch.testing.assert_close(seen[:, i : i + 1], one, rtol=0, atol=1e-12)
 
 
 def test_too_many_tokens_are_refused_with_the_numbers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,8 @@ from speechattn.cross import Attended
 from speechattn.cross.expected import (
     Form,
     chunkwise,
+    doubling,
+    fused,
     hard,
     infinite,
     matrix,
@@ -38,7 +41,7 @@ from speechattn.model import Recognizer
 from speechattn.task.monotonic import ConstrainedObjective, MonotonicObjective
 
 pytestmark = pytest.mark.usefixtures("precise")
-EXACT: list[Form] = [sequential, matrix, scan]
+EXACT: list[Form] = [sequential, matrix, doubling]
 P = [[0.2, 0.5, 0.9, 0.4], [0.6, 0.3, 0.8, 0.5], [0.1, 0.7, 0.2, 0.9]]
 ENERGY = [[0.1, 0.4, -0.2, 0.3], [0, 0.5, 1, -0.5], [0.2, 0.2, 0.2, 0.2]]
 ALPHA = [[0.2, 0.4, 0.36, 0.016], [0.12, 0.144, 0.5568, 0.0776], [0.012, 0.1764, 0.12648, 0.525168]]
@@ -206,6 +209,17 @@ def test_what_is_not_there_is_passed_by() -> None:
         assert not infinite(wide, loud, valid)[..., 8:].any()
     both = torch.cat([big, torch.rand(1, 2, 3, 10)])
     near(scan(both)[:1], scan(big))
+
+
+def test_the_kernel_is_asked_for_or_taken_where_it_can_run() -> None:
+    """What it computes is tested where it runs, in kernels/tests."""
+    p = torch.rand(2, 3, 4)
+    assert torch.equal(scan(p), doubling(p))
+    with pytest.raises(ValueError, match="float64; another form"):
+        fused(p.double())
+    if "TRITON_INTERPRET" not in os.environ:
+        with pytest.raises(ValueError, match=r"CUDA.*another form, such as doubling, runs everywhere"):
+            fused(p.float())
 
 
 def test_recurrence() -> None:

@@ -14,8 +14,10 @@ from torchaudio.functional import rnnt_loss
 
 from speechattn import tree
 from speechattn.decoder.predictor import LSTMPredictor, Predictor, StatelessPredictor, TransformerPredictor
-from speechattn.decoder.transducer import FactoredJoint, Joint, PrunedLoss, Transducer
+from speechattn.decoder.transducer import FactoredJoint, FusedLoss, Joint, PrunedLoss, Transducer
 from speechattn.decoder.transducer_loss import arcs, bands, lattice_loss, occupancy, simple_arcs, transducer_loss
+from speechattn.errors import ModelError
+from speechattn.frames import Frames
 from speechattn.testing import random_frames
 
 V, D = 6, 8
@@ -272,6 +274,19 @@ def test_a_narrow_band_is_a_bound_that_rises_with_certainty() -> None:
     assert (losses[0] > full + 1e-3).all()
     with pytest.raises(ValueError, match="a band of 1"):
         PrunedLoss(5, D, V, width=1)
+
+
+def test_the_fused_loss_says_what_it_cannot_express() -> None:
+    """That it is the loss is tested where kernels run, in `kernels/tests/test_rnnt.py`."""
+    x, labels, said = random_frames([4], 5), torch.tensor([[1]]), lengths(1)
+    with pytest.raises(ModelError, match="the scores of FactoredJoint are not those of one softmax"):
+        FusedLoss()(transducer(FactoredJoint), x, labels, said)
+    model = transducer()
+    model.joint.out = torch.nn.Sequential(model.joint.out)  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="the last layer is Sequential, not linear alone"):
+        FusedLoss()(model, x, labels, said)
+    with pytest.raises(ModelError, match="the kernels compute in float32, bfloat16 and float16, not in float64"):
+        FusedLoss()(transducer().double(), Frames.of(x.values.double(), x.mask), labels, said)
 
 
 @pytest.mark.usefixtures("precise")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from speechattn.attention.attend import choose
+from speechattn.attention.attend import BACKENDS, choose
 from speechattn.attention.pattern import Pattern, Span
 from speechattn.attention.position import Position
+from speechattn.attention.ring import Ring, looked
 from speechattn.attention.softmax import first_valid
 from speechattn.frames import Frames
 from speechattn.linear import dropped, run
 from speechattn.stream import Buffer, Plan, Planned
 from speechattn.tree import node
 
-__all__ = ["AttentionState", "SelfAttention", "Spanned", "joined", "separated", "set_span"]
+__all__ = ["AttentionState", "SelfAttention", "Spanned", "joined", "separated", "set_backend", "set_span", "unable"]
+
+LONGEST = 64  # frames of a step that the kernel of steps reads, or one chunk
 
 
 @node
@@ -25,8 +30,15 @@ class AttentionState:
     """What self-attention keeps: queries that wait for their look-ahead, keys and values [B, N, 2, G, D], sinks."""
 
     waiting: Tensor
-    past: Buffer
+    past: Buffer | Ring
     sinks: Buffer
+
+    @staticmethod
+    def align(states: Sequence[AttentionState]) -> Sequence[AttentionState]:
+        """The same with buffers in all, where some have a ring and others none."""
+        if len({type(state.past) for state in states}) == 1:
+            return states
+        return [replace(s, past=s.past.buffer()) if isinstance(s.past, Ring) else s for s in states]
 
 
 def joined(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,6 +98,35 @@ def set_span(stream: nn.Module, span: Pattern) -> None:
         module.span = scaled
 
 
+def set_backend(stream: nn.Module, name: str) -> None:
+    """All attention inside `stream` computes by this backend from now on: a name in `BACKENDS`, or "auto".
+
+    ValueError for another name, and when nothing in the stream attends by a backend. A running state goes on.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend {name}: wanted auto or one of {', '.join(BACKENDS)}")
+    layers = attending(stream)
+    if not layers:
+        raise ValueError(f"{type(stream).__name__} has nothing that attends by a backend")
+    for layer in layers:
+        layer.backend = name
+
+
+def unable(stream: nn.Module, name: str) -> str | None:
+    """Why some attention inside `stream` cannot compute by this backend; None if all can."""
+    for layer in attending(stream) if name != "auto" else []:
+        q = layer.qkv.weight.new_empty(1, layer.heads, 1, layer.width * layer.group)
+        if reason := BACKENDS[name].supports(q, layer.span, layer.position):
+            return reason
+    return None
+
+
+def attending(stream: nn.Module) -> list[SelfAttention]:
+    """What computes by a backend."""
+    layers = [module for module in stream.modules() if isinstance(module, SelfAttention)]
+    return [layer for layer in layers if type(layer)._looked is SelfAttention._looked]
+
+
 class SelfAttention(Spanned):
     """Frames look at frames of their own row, as `span` allows, behind a `norm` if there is one.
 
@@ -138,7 +179,27 @@ class SelfAttention(Spanned):
         if plan.block is None:
             return ()
         late = plan.latency // self.group
-        return self._state(x, late, late + (getattr(self.span, "left", None) or 0))
+        state = self._state(x, late, late + (getattr(self.span, "left", None) or 0))
+        return replace(state, past=self._kept(state.past)) if self._rings(x) else state
+
+    def _rings(self, x: Frames) -> bool:
+        """The kernel of steps will be used, so the history of a new state is a `Ring`."""
+        kind, span = type(self), self.span
+        usual = kind._attend is SelfAttention._attend and kind._looked is SelfAttention._looked
+        if not usual or not isinstance(span, Span) or span.left is None or span.sinks or not self._by_kernel():
+            return False
+        q = x.values.new_empty(len(x.mask), self.heads, 1, self.width * self.group)
+        triton = BACKENDS["triton"]
+        chosen = self.backend == "triton" or triton.preferred(q)
+        return chosen and triton.supports(q, span, self.position) is None
+
+    def _by_kernel(self) -> bool:
+        """A `Ring` may be written to: nobody asks for a gradient, or for another backend."""
+        return self.backend in ("auto", "triton") and not torch.is_grad_enabled()
+
+    def _kept(self, past: Buffer | Ring) -> Ring:
+        """History as a ring that a step of one chunk fits in."""
+        return past if isinstance(past, Ring) else Ring.of(past, getattr(self.span, "chunk", None) or 1)
 
     def _state(self, x: Frames, late: int, history: int) -> AttentionState:
         """Room for so many waiting queries and so much history, and nothing in it."""
@@ -158,19 +219,22 @@ class SelfAttention(Spanned):
             state = self._state(x, 0, 0)
         q, kv, mask = self._project(x)
         frames, late = mask.shape[1], state.waiting.shape[1]
-        past, waiting = state.past.append(kv, mask), state.waiting
+        waiting, asks = state.waiting, x.mask
         if late:
             queries = torch.cat([waiting.to(q.dtype), q], 1)
             q, waiting = queries[:, :frames], queries[:, frames:]
-            begin = past.mask.shape[1] - late - frames
-            y = Frames.finite(self._attend(q, past, state.sinks, late), past.mask[:, begin : begin + frames])
-        else:
-            y = Frames.finite(self._attend(q, past, state.sinks, late), x.mask)
+            asks = torch.cat([state.past.mask[:, -late:], mask], 1)[:, :frames]
+        ring = isinstance(state.past, Ring) and self._by_kernel()
+        if ring and frames <= max(LONGEST, getattr(self.span, "chunk", None) or 1):
+            said, after = self._stepped(q, kv, mask, state.past, late)
+            return Frames.finite(said, asks), AttentionState(waiting, after, state.sinks)
+        past = state.past.append(kv, mask)
+        y = Frames.finite(self._attend(q, past, state.sinks, late), asks)
         if whole:
             return y[:length], spent
         left = getattr(self.span, "left", None)
         kept = past if left is None else past.last(left + late)
-        return y, AttentionState(waiting, kept, self._sunk(past, kept, state.sinks))
+        return y, AttentionState(waiting, self._kept(kept) if ring else kept, self._sunk(past, kept, state.sinks))
 
     def _project(self, x: Frames) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D] -> queries [B, T, H * width], keys and values [B, T, 2, G, width], mask; all by group."""
@@ -186,8 +250,20 @@ class SelfAttention(Spanned):
 
     def _attend(self, queries: Tensor, past: Buffer, sinks: Buffer, late: int) -> Tensor:
         """Queries [B, T, H * width], `late` frames behind the newest keys -> [B, T, D], ungrouped and projected."""
-        out = run(self.out, self._looked(self.span, queries, past, sinks, late))
+        return self._said(self._looked(self.span, queries, past, sinks, late))
+
+    def _said(self, y: Tensor) -> Tensor:
+        """What the heads say [B, T, H * width], projected."""
+        out = run(self.out, y)
         return dropped(out, self.dropout) if self.training else out
+
+    def _stepped(self, q: Tensor, kv: Tensor, mask: Tensor, ring: Ring, late: int) -> tuple[Tensor, Ring]:
+        """As `_attend`, of queries [B, T, H * width] and what is new behind a ring, and the next ring."""
+        assert isinstance(self.span, Span)
+        b, frames, _ = q.shape
+        q = q.view(b, frames, self.heads, -1)
+        y, ring = looked(q, kv, mask, ring, self.span, late, self.position)
+        return self._said(y.reshape(b, frames * self.group, self.heads * self.width)), ring
 
     def _looked(self, span: Pattern, queries: Tensor, past: Buffer, sinks: Buffer, late: int) -> Tensor:
         """The same as `span` allows, before the projection [B, T, H * width]."""

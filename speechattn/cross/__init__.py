@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from speechattn.frames import Memory
 
-__all__ = ["Attended", "CrossAttention", "CrossMaker"]
+__all__ = ["Attended", "CrossAttention", "CrossMaker", "chosen"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,11 @@ class Attended:
     """What a query saw, and where.
 
     `context` [B, U, D]; `weights` [B, H, U, T] made the context and sum to 1 over valid frames; `alignment`
-    [B, H, U, T] is the stopping distribution of monotonic heads and equals the weights for soft ones; `waiting`
-    [B, H, U] is True where a head wants more input, which a soft head never does.
+    [B, N, U, T] is the stopping distribution of the N heads that were asked for if they are monotonic, and their
+    weights if they are soft; `waiting` [B, H, U] is True where a head wants more input, which a soft head never does.
+
+    Where heads were asked for, soft attention need not have had all weights at any time: `weights` is then that of
+    these heads alone.
     """
 
     context: Tensor
@@ -46,8 +49,18 @@ class CrossAttention(Protocol):
         () where nothing is remembered.
         """
 
-    def attend(self, query: Tensor, read: Any, place: Any) -> tuple[Attended, Any]:
-        """Let `query` [B * K, U, D] look at what was read; row b * K + k looks at row b. -> also the next place."""
+    def attend(
+        self, query: Tensor, read: Any, place: Any, *, heads: Sequence[int] | None = None
+    ) -> tuple[Attended, Any]:
+        """Let `query` [B * K, U, D] look at what was read; row b * K + k looks at row b. -> also the next place.
+
+        Who wants the alignment of some `heads` only, or of none, says so (None: of all, in their order).
+        """
+
+
+def chosen(alignment: Tensor, heads: Sequence[int] | None) -> Tensor:
+    """Of [B, H, U, T] the `heads` that are asked for [B, N, U, T]; all where None."""
+    return alignment if heads is None else alignment[:, list(heads)]
 
 
 CrossMaker = Callable[[int, int], nn.Module]  # a CrossAttention from width and heads

@@ -12,14 +12,15 @@ The probabilities of frames that are not there must be 0: such frames are passed
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Form", "Stops", "chunkwise", "hard", "infinite", "matrix", "preserved", "ranks", "ratio", "recurrence",
-           "scan", "sequential"]  # fmt: skip
+__all__ = ["Form", "Stops", "chunkwise", "doubling", "fused", "hard", "infinite", "matrix", "preserved", "ranks",
+           "ratio", "recurrence", "scan", "sequential"]  # fmt: skip
 
 NEVER = -1e30  # an energy below all others, whose differences are still numbers
 
@@ -141,7 +142,37 @@ def recurrence(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scan(p: Tensor, start: Tensor | None = None) -> Tensor:
-    """By an associative scan over the frames: as exact as the recurrence, O(T log T) a token."""
+    """By an associative scan, as exact as the recurrence: `fused` where there is a GPU for it, else `doubling`."""
+    return fused(p, start) if p.is_cuda and unable(p) is None else doubling(p, start)
+
+
+def fused(p: Tensor, start: Tensor | None = None) -> Tensor:
+    """The scan in one kernel, O(T) a token, which saves nothing but p and alpha (`speechattn_kernels.monotonic`).
+
+    ValueError where no kernel can run. The other forms can be differentiated twice, this one once.
+    """
+    if (why := unable(p)) is not None:
+        raise ValueError(f"expected alignment: {why}; another form, such as doubling, runs everywhere")
+    from speechattn_kernels.monotonic import monotonic
+
+    at = begin(p, start)
+    rows = at.shape[:-1].numel()
+    alpha: Tensor = monotonic(p.reshape(rows, *p.shape[-2:]), at.reshape(rows, p.shape[-1]))
+    return alpha.view(p.shape)
+
+
+def unable(p: Tensor) -> str | None:
+    """Why `fused` cannot run on `p`; None if it can."""
+    if find_spec("triton") is None:
+        return "the kernels need triton, which is not installed"
+    from speechattn_kernels import common
+
+    why: str | None = common.unable(p)
+    return why
+
+
+def doubling(p: Tensor, start: Tensor | None = None) -> Tensor:
+    """The scan in plain torch, which runs everywhere: log2(T) steps of twice the reach each, O(T log T) a token."""
     wide = p.to(torch.promote_types(p.dtype, torch.float32))
     factors = powers(F.pad(1 - wide[..., :-1], [1, 0])) if p.shape[-1] else []
     alpha, rows = begin(wide, start), []

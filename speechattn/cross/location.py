@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speechattn.cross import Attended
+from speechattn.cross import Attended, chosen
 from speechattn.cross.soft import SoftState
 from speechattn.frames import Memory
 from speechattn.linear import run
@@ -66,14 +66,15 @@ class Located(nn.Module):
         """`query` [B, U, D] -> what each head does for each token [B, H, U, N]."""
         return self._split(self.last(self.hidden(query).tanh()))
 
-    def seen(self, weights: Tensor, read: SoftState) -> Attended:
+    def seen(self, weights: Tensor, read: SoftState, asked: Sequence[int] | None) -> Attended:
         """`weights` [B * K, H, U, T] of the frames that were read, for the K hypotheses of each row."""
         n, heads, tokens, frames = weights.shape
         rows = len(read.mask)
         together = weights.reshape(rows, n // max(rows, 1), heads, tokens, frames).transpose(1, 2).flatten(2, 3)
         context = (together @ read.value).view(rows, heads, -1 if tokens else 0, tokens, read.value.shape[-1])
         context = run(self.out, context.permute(0, 2, 3, 1, 4).reshape(n, tokens, heads * read.value.shape[-1]))
-        return Attended(context, weights, weights, weights.new_zeros(weights.shape[:3], dtype=torch.bool))
+        shown = chosen(weights, asked)
+        return Attended(context, shown, shown, weights.new_zeros(weights.shape[:3], dtype=torch.bool))
 
 
 def repeated(mask: Tensor, rows: int) -> Tensor:
@@ -124,7 +125,9 @@ class MixtureAttention(Located):
         means = place.means[:, :, None] + F.softplus(step).cumsum(2)
         return share.log_softmax(-1), means, F.softplus(width).clamp(min=NARROWEST)
 
-    def attend(self, query: Tensor, read: SoftState, place: Mixture) -> tuple[Attended, Mixture]:
+    def attend(
+        self, query: Tensor, read: SoftState, place: Mixture, *, heads: Sequence[int] | None = None
+    ) -> tuple[Attended, Mixture]:
         """`query` [B * K, U, D] -> what it saw, and the means of the last token."""
         share, means, width = self.mixture(query, place)
         mask = repeated(read.mask, len(query))
@@ -132,7 +135,8 @@ class MixtureAttention(Located):
         height = share - width.log() - 0.5 * log(2 * pi)
         far = (at - means[..., None, :]) / width[..., None, :]
         weights = (height[..., None, :] - 0.5 * far.square()).exp().sum(-1).masked_fill(~mask[:, None, None], 0.0)
-        return self.seen(weights.to(query.dtype), read), Mixture(means[:, :, -1]) if query.shape[1] else place
+        seen = self.seen(weights.to(query.dtype), read, heads)
+        return seen, Mixture(means[:, :, -1]) if query.shape[1] else place
 
 
 def beta_binomial(n: int, a: float, b: float) -> Tensor:
@@ -176,7 +180,9 @@ class DynamicConvolution(Located):
         """At the first frame."""
         return Alignment(rows.new_ones(len(rows), self.heads, 1))
 
-    def attend(self, query: Tensor, read: SoftState, place: Alignment) -> tuple[Attended, Alignment]:
+    def attend(
+        self, query: Tensor, read: SoftState, place: Alignment, *, heads: Sequence[int] | None = None
+    ) -> tuple[Attended, Alignment]:
         """`query` [B * K, U, D] -> what it saw, and where the last token looked."""
         mask = repeated(read.mask, len(query))
         frames, n = mask.shape[1], len(query)
@@ -192,7 +198,7 @@ class DynamicConvolution(Located):
         counted = torch.stack(rows, 2) if rows else last[:, :, None][:, :, :0]
         at = (mask.cumsum(1) - 1).clamp(min=0)[:, None, None].expand(n, self.heads, len(rows), frames)
         weights = counted.gather(-1, at).masked_fill(~mask[:, None, None], 0.0)
-        return self.seen(weights, read), Alignment(last)
+        return self.seen(weights, read, heads), Alignment(last)
 
     def moved(self, last: Tensor, dynamic: Tensor, there: Tensor) -> Tensor:
         """The alignment behind that of the last token [B, H, T], over the frames that are `there` [B, 1, T].

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speechattn.cross import Attended
+from speechattn.cross import Attended, chosen
 from speechattn.cross.expected import Form, chunkwise, hard, infinite, preserved, ranks, scan
 from speechattn.frames import Memory
 from speechattn.linear import run
@@ -190,7 +190,9 @@ class Monotonic(nn.Module):
         at = torch.zeros(len(rows), self.heads, dtype=torch.long, device=rows.device)
         return Place(at, torch.zeros_like(at, dtype=torch.bool), at[:, :0])
 
-    def attend(self, query: Tensor, read: Heard, place: Place) -> tuple[Attended, Place]:
+    def attend(
+        self, query: Tensor, read: Heard, place: Place, *, heads: Sequence[int] | None = None
+    ) -> tuple[Attended, Place]:
         """`query` [B * K, U, D] -> what it saw, and where the heads stand then.
 
         In training the place stays as it is. `weights` [B * K, N, U, T] has the N heads that look, several for each
@@ -221,7 +223,7 @@ class Monotonic(nn.Module):
             if query.shape[1]:
                 at = stops.at[..., -1] + gone[:, None]
                 place = Place(at, waiting[..., -1], place.limit)
-        return Attended(self._context(weights, read), weights, alignment, waiting), place
+        return Attended(self._context(weights, read), weights, chosen(alignment, heads), waiting), place
 
     def _expected(self, energy: Tensor, valid: Tensor, finished: Tensor, place: Place) -> Tensor:
         """The expected alignment, from where the heads stand."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
-from speechattn.cross import Attended
+from speechattn.cross import Attended, chosen
 from speechattn.cross.soft import Soft, SoftState
 from speechattn.linear import run
 from speechattn.tree import node
@@ -122,7 +123,7 @@ class SegmentAttention(Soft):
         return Segments(none, none.clone())
 
     def attend(  # type: ignore[override]
-        self, query: Tensor, read: SoftState, place: Segments
+        self, query: Tensor, read: SoftState, place: Segments, *, heads: Sequence[int] | None = None
     ) -> tuple[Attended, Segments]:
         """`query` [B * K, U, D] -> what it saw in the first U segments, and the segments behind these.
 
@@ -140,9 +141,10 @@ class SegmentAttention(Soft):
         scores = (q @ read.key.transpose(-1, -2)).masked_fill(~seen, -torch.inf)
         weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).masked_fill(~seen, 0.0).to(q.dtype)
         context = run(self.out, (weights @ read.value).transpose(1, 2).flatten(2)).view(query.shape)
-        shape = rows, self.heads, beam, tokens, read.mask.shape[1]
+        weights = chosen(weights, heads)
+        shape = rows, weights.shape[1], beam, tokens, read.mask.shape[1]
         weights = weights.view(shape).transpose(1, 2).reshape(n, *shape[1:2], *shape[3:])
-        waiting = weights.new_zeros(weights.shape[:3], dtype=torch.bool)
+        waiting = query.new_zeros(n, self.heads, tokens, dtype=torch.bool)
         return Attended(context, weights, weights, waiting), place[tokens:]
 
     def seen(self, mask: Tensor, place: Segments) -> Tensor:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speechattn.cross import Attended
+from speechattn.cross import Attended, chosen
 from speechattn.frames import Memory
 from speechattn.linear import run
 from speechattn.tree import node
 
 __all__ = ["Soft", "SoftState"]
+
+WIDEST = 256  # features of a head that a kernel holds
 
 
 @node
@@ -68,6 +72,9 @@ class Soft(nn.Module):
 
     `normaliser` makes, from the number of heads, what turns scores into weights (`attention.entmax`); by default it is
     the softmax.
+
+    Where the weights of no head are asked for, torch's fused attention keeps none. On a GPU, where no gradient is
+    wanted, those of some heads are all that is ever written, by the kernel `policy`.
     """
 
     def __init__(
@@ -91,20 +98,39 @@ class Soft(nn.Module):
         """Nothing is remembered."""
         return ()
 
-    def attend(self, query: Tensor, read: SoftState, place: tuple[()]) -> tuple[Attended, tuple[()]]:
+    def attend(
+        self, query: Tensor, read: SoftState, place: tuple[()], *, heads: Sequence[int] | None = None
+    ) -> tuple[Attended, tuple[()]]:
         """`query` [B, U, D] -> what it saw.
 
         With K times as many rows as were read, row b * K + k looks at memory b, which is not copied for it.
         """
-        return self._seen(query, read), ()
+        return self._seen(query, read, heads), ()
 
-    def _seen(self, query: Tensor, read: SoftState) -> Attended:
-        if len(query) != len(read.mask):
-            return self._shared(query, read)
-        q = self._split(run(self.query, query)) / sqrt(query.shape[-1] // self.heads)
-        weights = self.weigh(q @ read.key.transpose(-1, -2), read.mask[:, None, None])
-        context = run(self.out, (weights @ read.value).transpose(1, 2).flatten(2))
-        return Attended(context, weights, weights, weights.new_zeros(weights.shape[:3], dtype=torch.bool))
+    def _seen(self, query: Tensor, read: SoftState, heads: Sequence[int] | None) -> Attended:
+        n, tokens, dim = query.shape
+        rows = len(read.mask)
+        beside = query.reshape(rows, n // rows * tokens, dim) if n != rows else query  # soft attention sees queries
+        context, weights = self._looked(self._split(run(self.query, beside)), read, heads)
+        context = run(self.out, context.transpose(1, 2).flatten(2)).view(query.shape)
+        if n != rows:
+            apart = rows, weights.shape[1], n // rows, tokens, weights.shape[3]
+            weights = weights.view(apart).transpose(1, 2).flatten(0, 1)
+        return Attended(context, weights, weights, query.new_zeros(n, self.heads, tokens, dtype=torch.bool))
+
+    def _looked(self, q: Tensor, read: SoftState, heads: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """`q` [B, H, U, D/H] -> context [B, H, U, D/H], weights of `heads` [B, N, U, T]."""
+        if heads is not None and self.normaliser is None:
+            kernel = serving(q)
+            if kernel is not None:
+                context, _, each = kernel(q, read.key, read.value, read.mask, heads=heads, newest=q.shape[2])
+                return context, each.to(q.dtype)
+            if not heads:
+                seen = F.scaled_dot_product_attention(q, read.key, read.value, read.mask[:, None, None])
+                return seen, seen.new_zeros(len(q), 0, q.shape[2], read.mask.shape[1])
+        scores = (q / sqrt(q.shape[-1])) @ read.key.transpose(-1, -2)
+        weights = self.weigh(scores, read.mask[:, None, None])
+        return weights @ read.value, chosen(weights, heads)
 
     def weigh(self, scores: Tensor, seen: Tensor) -> Tensor:
         """Scores [B, H, U, T] -> weights over the frames that are `seen` (it broadcasts); zeros where none is."""
@@ -113,12 +139,18 @@ class Soft(nn.Module):
         wide = torch.promote_types(scores.dtype, torch.float32)
         return scores.masked_fill(~seen, -torch.inf).softmax(-1, wide).masked_fill(~seen, 0.0).to(scores.dtype)
 
-    def _shared(self, query: Tensor, state: SoftState) -> Attended:
-        """The K * U queries of a memory side by side: to soft attention they are nothing but queries."""
-        n, tokens, rows = len(query), query.shape[1], len(state.mask)
-        seen = self._seen(query.reshape(rows, n // rows * tokens, -1), state)
-        weights = (
-            seen.weights.view(rows, self.heads, n // rows, tokens, state.mask.shape[1]).transpose(1, 2).flatten(0, 1)
-        )
-        waiting = weights.new_zeros(weights.shape[:3], dtype=torch.bool)
-        return Attended(seen.context.reshape(n, tokens, -1), weights, weights, waiting)
+
+def serving(q: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    """The kernel `policy` where it can run on `q` [B, H, U, D]: on CUDA, if Triton is installed."""
+    if not q.is_cuda or torch.is_grad_enabled() or q.shape[-1] > WIDEST or not installed():
+        return None
+    from speechattn_kernels.common import unable
+    from speechattn_kernels.policy import policy
+
+    return policy if unable(q) is None else None
+
+
+@cache
+def installed() -> bool:
+    """Whether the compiler of kernels is there."""
+    return find_spec("triton") is not None

@@ -83,11 +83,11 @@ class Flat(Soft):
         return SourcesRead(tuple(parts))
 
     def attend(  # type: ignore[override]
-        self, query: Tensor, read: SourcesRead, place: tuple[()]
+        self, query: Tensor, read: SourcesRead, place: tuple[()], *, heads: Sequence[int] | None = None
     ) -> tuple[Attended, tuple[()]]:
         """`query` [B * K, U, D] -> what it saw of all sources."""
         key, value = (torch.cat([getattr(part, name) for part in read.parts], 2) for name in ("key", "value"))
-        return self._seen(query, SoftState(key, value, read.mask)), ()
+        return self._seen(query, SoftState(key, value, read.mask), heads), ()
 
 
 class Hierarchical(nn.Module):
@@ -115,16 +115,18 @@ class Hierarchical(nn.Module):
         """Nothing is remembered."""
         return ()
 
-    def attend(self, query: Tensor, read: SourcesRead, place: tuple[()]) -> tuple[Attended, tuple[()]]:
+    def attend(
+        self, query: Tensor, read: SourcesRead, place: tuple[()], *, heads: Sequence[int] | None = None
+    ) -> tuple[Attended, tuple[()]]:
         """`query` [B * K, U, D] -> what it saw of all sources."""
         n, tokens, dim = query.shape
-        seen = [soft.attend(query, part, ())[0] for soft, part in zip(self.each, read.parts, strict=True)]
+        seen = [soft.attend(query, part, (), heads=heads)[0] for soft, part in zip(self.each, read.parts, strict=True)]
         contexts = torch.stack([one.context for one in seen], 2).flatten(0, 1)  # [B * K * U, N, D]
         there = torch.stack([part.mask.any(1) for part in read.parts], 1)
         there = there.repeat_interleave(n // max(len(there), 1) * tokens, 0)
         heard = self.over.read(Memory.of(Frames.of(contexts, there)))
-        both, _ = self.over.attend(query.reshape(n * tokens, 1, dim), heard, ())
-        shares = both.weights.view(n, tokens, -1, len(seen)).transpose(1, 2)  # [B * K, H, U, N]
+        both, _ = self.over.attend(query.reshape(n * tokens, 1, dim), heard, (), heads=heads)
+        shares = both.weights.view(n, tokens, both.weights.shape[1], len(seen)).transpose(1, 2)  # [B * K, H, U, N]
         weights = torch.cat([one.weights * shares[..., i : i + 1] for i, one in enumerate(seen)], -1)
-        waiting = weights.new_zeros(weights.shape[:3], dtype=torch.bool)
+        waiting = query.new_zeros(n, self.over.heads, tokens, dtype=torch.bool)
         return Attended(both.context.view(n, tokens, dim), weights, weights, waiting), ()

@@ -91,12 +91,12 @@ class DecoderLayer(nn.Module):
         return dropped(x, self.dropout) if self.training else x
 
     def forward(
-        self, x: Tensor, cache: AttentionState, cross: Any, place: Any
+        self, x: Tensor, cache: AttentionState, cross: Any, place: Any, *, heads: Sequence[int]
     ) -> tuple[Tensor, Tensor, AttentionState, Any]:
-        """`x` [B, U, D] -> the same shape, the alignment [B, H, U, T], the next cache and the next place."""
+        """`x` [B, U, D] -> the same shape, the alignment of `heads` [B, N, U, T], the next cache, the next place."""
         y, cache = self.self_attention.step(Frames(self.self_norm(x), x.new_ones(x.shape[:2], dtype=torch.bool)), cache)
         x = x + y.values
-        seen, place = self.cross.attend(self.cross_norm(x), cross, place)
+        seen, place = self.cross.attend(self.cross_norm(x), cross, place, heads=heads)
         x = x + self._dropped(seen.context)
         return x + self._dropped(run(self.ff, self.ff_norm(x))), seen.alignment, cache, place
 
@@ -226,8 +226,11 @@ class AttentionDecoder(nn.Module):
         cache, place = list(state.cache), list(state.place)
         rows: dict[Head, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            x, alignment, cache[i], place[i] = layer(x, cache[i], state.cross[i], place[i])
-            rows |= {head: alignment[:, head[1]] for head in heads if head[0] == i}
+            asked = [head for head in heads if head[0] == i]
+            x, alignment, cache[i], place[i] = layer(
+                x, cache[i], state.cross[i], place[i], heads=[head for _, head in asked]
+            )
+            rows |= dict(zip(asked, alignment.unbind(1), strict=True))
         frames = alignment.shape[-1]
         picked = [rows[head] for head in heads]
         seen = torch.stack(picked, 1) if picked else x.new_zeros(x.shape[0], 0, tokens.shape[1], frames)

@@ -18,9 +18,10 @@ from speechattn.decoder.transducer_loss import (
     simple_arcs,
     transducer_loss,
 )
+from speechattn.errors import ModelError
 from speechattn.frames import Frames
 
-__all__ = ["FactoredJoint", "Joint", "Pruned", "PrunedLoss", "Transducer"]
+__all__ = ["FactoredJoint", "FusedLoss", "Joint", "Pruned", "PrunedLoss", "Transducer"]
 
 
 class Joint(nn.Module):
@@ -148,3 +149,38 @@ class PrunedLoss(nn.Module):
         log_probs = joint.log_probs(joint.frames(x.values)[:, :, None], near)
         exact = expanded(log_probs, labels, begin, blank=blank)
         return Pruned(lattice_loss(simple, frames, lengths), lattice_loss(exact, frames, lengths))
+
+
+class FusedLoss(nn.Module):
+    """The whole loss in kernels that keep a few numbers for each pair of frame and label, not one for each score.
+
+    Law: it is `Transducer.loss`, gradients too, in float32 and in half precision, in which the scores are not rounded.
+    Scores are computed again on the way back: a third more products, for memory of 6 numbers a pair (B, T, U + 1).
+    """
+
+    def forward(self, transducer: Transducer, x: Frames, labels: Tensor, lengths: Tensor) -> Tensor:
+        """`transducer` over `x` [B, T, D] and the first `lengths` [B] of `labels` [B, U], as [B]."""
+        joint, out = transducer.joint, transducer.joint.out
+        if reason := self.unable(joint):
+            raise ModelError(f"the fused loss: {reason}; the whole or the pruned loss can be had")
+        from speechattn_kernels.common import unable
+        from speechattn_kernels.rnnt import rnnt
+
+        labels = known(labels, lengths, transducer.blank)
+        f, g = joint.frames(x.values), joint.labels(transducer.predictor(labels))
+        if reason := unable(f):
+            raise ModelError(f"the fused loss: {reason}; the whole or the pruned loss can be had")
+        bias = out.weight.new_zeros(out.out_features) if out.bias is None else out.bias
+        loss: Tensor = rnnt(
+            f, g.to(f.dtype), out.weight.to(f.dtype), bias.to(f.dtype), labels, x.lengths, lengths,
+            blank=transducer.blank,
+        )  # fmt: skip
+        return loss
+
+    def unable(self, joint: Joint) -> str | None:
+        """Why the kernels cannot express a joint network: they know tanh, one linear layer and one softmax."""
+        if type(joint).scores is not Joint.scores or type(joint).forward is not Joint.forward:
+            return f"the scores of {type(joint).__name__} are not those of one softmax over W tanh(f + g) + b"
+        if type(joint.out) is not nn.Linear:
+            return f"the last layer is {type(joint.out).__name__}, not linear alone"
+        return None

@@ -9,7 +9,10 @@ from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
+from torch import nn
 
+from speechattn.attention.attend import BACKENDS
+from speechattn.attention.self_attention import set_backend, unable
 from speechattn.audio.resample import Resampler, to_mono
 from speechattn.audio.vad import VoiceActivity
 from speechattn.errors import InputError
@@ -46,13 +49,37 @@ def listener(
     return Windowed(model, policy=policy, settings=settings, vad=vad)
 
 
+def choose_backend(model: StreamModel | WindowModel, name: str) -> None:
+    """All attention in the model, encoder and decoder, computes by this backend.
+
+    InputError for an unknown one and for one that the model cannot run with; then nothing is changed.
+    """
+    whole = nn.ModuleList(modules(model))
+    if name != "auto" and name in BACKENDS and (reason := unable(whole, name)):
+        raise InputError(f"this model cannot run with the backend {name}: {reason}")
+    try:
+        set_backend(whole, name)
+    except ValueError as error:
+        raise InputError(str(error).replace(type(whole).__name__, "this model")) from error
+
+
+def modules(model: StreamModel | WindowModel) -> list[nn.Module]:
+    """All that the model computes with."""
+    if isinstance(model, nn.Module):
+        return [model]
+    held = [part for part in vars(model).values() if isinstance(part, nn.Module)]
+    return [model.listening, *held] if isinstance(model, StreamModel) else held
+
+
 class Session:
     """Feed sound, get events.
 
     Laws: committed text only grows; the events do not depend on how the sound was cut into pieces; memory and the
     time of a step are bounded, however long the stream is; `finish` commits everything that is not a loop.
 
-    What else is given (`policy`, `settings`, `vad`, `search`) goes to the `listener` that the model needs.
+    What else is given (`policy`, `settings`, `vad`, `search`) goes to the `listener` that the model needs. With
+    `backend` all attention in the model computes by it from now on, for this session and for all others that share the
+    model (see `set_backend`); InputError for one that cannot.
     `on_event` is called with every event. As a context manager a session finishes when the block ends without an
     error; `async for event in session` yields events, while another task feeds, until the session is finished.
     """
@@ -60,9 +87,11 @@ class Session:
     def __init__(
         self, model: StreamModel | WindowModel, *, policy: Policy | None = None,
         settings: Settings | StreamSettings | None = None, vad: VoiceActivity | None = None,
-        search: Search | None = None, on_event: Callable[[Event], None] | None = None,
+        search: Search | None = None, backend: str | None = None, on_event: Callable[[Event], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
+        if backend is not None:
+            choose_backend(model, backend)
         self.model = model
         self.listener = listener(model, policy=policy, settings=settings, vad=vad, search=search)
         self.on_event, self.clock, self.began = on_event, clock, clock()

@@ -81,7 +81,7 @@ def window_queries_kernel(
             near = far
         elif table is not None:
             at = base + (i - m0)[:, None] - jn[None]
-            scores += tl.load(table + at, mask=(at >= 0) & (at < R), other=0.0) * LOG2E
+            scores += tl.load(table + at, mask=(at >= 0) & (at < R), other=0.0).to(tl.float32) * LOG2E
         visible = (
             seen(i[:, None], j[None], ok[None], first, left, chunk, right, dilation, N, BOUNDED, CHUNKED, DILATED)
             & there[:, None]
@@ -157,7 +157,7 @@ def window_keys_kernel(
                 scores += rolled(near, far, BLOCK_M, BLOCK_N)
             elif table is not None:
                 at = base + im[:, None] - jn[None]
-                scores += tl.load(table + h * R + at, mask=(at >= 0) & (at < R), other=0.0) * LOG2E
+                scores += tl.load(table + h * R + at, mask=(at >= 0) & (at < R), other=0.0).to(tl.float32) * LOG2E
             visible = (
                 seen(i[:, None], j[None], ok[None], first, left, chunk, right, dilation, N, BOUNDED, CHUNKED, DILATED)
                 & there[:, None]
@@ -239,7 +239,7 @@ def window_distance_kernel(
                 scores += rolled(near, far, BLOCK_M, BLOCK_N)
             else:
                 at = first + m0 - n0 - origin + im[:, None] - jn[None]
-                scores += tl.load(table + at, mask=(at >= 0) & (at < R), other=0.0) * LOG2E
+                scores += tl.load(table + at, mask=(at >= 0) & (at < R), other=0.0).to(tl.float32) * LOG2E
             visible = (
                 seen(i[:, None], j[None], ok[None], first, left, chunk, right, dilation, N, BOUNDED, CHUNKED, DILATED)
                 & there[:, None]

@@ -34,14 +34,15 @@ def window_forward_kernel(
     if extra is not None:
         s = tl.arange(0, BLOCK_S)
         known = there[:, None] & (s < S)[None]
-        scores = tl.load(extra + (line * T + i)[:, None] * S + s[None], mask=known, other=float("-inf")) * LOG2E
-        best = tl.max(scores, 1)
-        p = tl.exp2(scores - tl.where(best > float("-inf"), best, 0.0)[:, None])
-        total = tl.sum(p, 1)
+        given = tl.load(extra + (line * T + i)[:, None] * S + s[None], mask=known, other=float("-inf"))
+        given = given.to(tl.float32) * LOG2E
+        best = tl.max(given, 1)
+        apart = tl.exp2(given - tl.where(best > float("-inf"), best, 0.0)[:, None])
+        total = tl.sum(apart, 1)
         if DROPPED:
-            p *= keeping(i[:, None], N + s[None], line, seed, dropout)
+            apart *= keeping(i[:, None], N + s[None], line, seed, dropout)
         held = tile(extra_values, s, D, s < S, D, BLOCK_V)  # [S, D]
-        mixed = tl.dot(p.to(held.dtype), held, input_precision=PRECISION)
+        mixed = tl.dot(apart.to(held.dtype), held, input_precision=PRECISION)
     begin = opened(m0, first, left, chunk, BOUNDED)
     end = closed(tl.minimum(m0 + BLOCK_M, T) - 1, first, chunk, right, N, CHUNKED)
     if rows is not None:
@@ -62,7 +63,7 @@ def window_forward_kernel(
             near = far
         elif table is not None:
             at = base + (i - m0)[:, None] - jn[None]
-            scores += tl.load(table + at, mask=(at >= 0) & (at < R), other=0.0) * LOG2E
+            scores += tl.load(table + at, mask=(at >= 0) & (at < R), other=0.0).to(tl.float32) * LOG2E
         visible = seen(i[:, None], j[None], ok[None], first, left, chunk, right, dilation, N, BOUNDED, CHUNKED, DILATED)
         scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, 1))

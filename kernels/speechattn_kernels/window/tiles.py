@@ -102,7 +102,7 @@ def far_off(a, rows, table, at, stride, R, D: tl.constexpr, BLOCK: tl.constexpr,
     """What distances `at` add to the scores of queries `a` [M, D]: [M, len(at)], as long as the queries' numbers."""
     found = tl.dot(a, columns(rows, at, stride, R, D, BLOCK).to(a.dtype), input_precision=PRECISION)
     if table is not None:
-        found += tl.load(table + at, mask=(at >= 0) & (at < R), other=0.0)[None]
+        found += tl.load(table + at, mask=(at >= 0) & (at < R), other=0.0).to(tl.float32)[None]
     return (found * LOG2E).to(a.dtype)
 
 
