@@ -115,14 +115,14 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(speechattn_kernels.__path__) if module.ispkg))
 
 
-def shipped(op: str) -> Iterator[Shipped]:
-    """Every launch that the op's configurations make; nothing for an op without a list."""
+def shipped(op: str, target: int = 90) -> Iterator[Shipped]:
+    """Every launch that the op's configurations make on sm_`target`; nothing for an op without a list."""
     if find_spec(f"speechattn_kernels.{op}.shipped") is None:
         return
     listed = import_module(f"speechattn_kernels.{op}.shipped")
     flops: Callable[[Launch], float] | None = getattr(listed, "flops", None)
     for name, default, call in listed.shipped():
-        with recorded() as launches:
+        with recorded(target // 10) as launches:
             call()
         if not launches:
             raise RuntimeError(f"{op}, {name}: the call launched nothing that could be recorded")
@@ -260,12 +260,14 @@ def main(arguments: list[str] | None = None) -> int:
         print("TRITON_INTERPRET=1 replaces the compiler: unset it", file=sys.stderr)
         return 1
     targets = [int(options.target.removeprefix("sm_"))] if options.target else list(LIMITS)
-    wanted = {op: list(shipped(op)) for op in ([options.op] if options.op else ops())}
-    chosen = [one for each in wanted.values() for one in each if one.default or not options.default]
-    found = reports(first(chosen) if options.first else chosen, targets)
+    found: list[Report] = []
+    listed = [options.op] if options.op else ops()
+    for target in targets:
+        wanted = [one for op in listed for one in shipped(op, target) if one.default or not options.default]
+        found += reports(first(wanted) if options.first else wanted, [target])
     print(table(found))
     print(f"\nbytes of shared memory and of spills; * is not a default; triton {triton.__version__}")
-    for op in (op for op, each in wanted.items() if not each):
+    for op in sorted(set(listed) - {report.of.op for report in found}):
         print(f"{op} lists no configurations")
     faults = [(report, fault) for report in found for fault in report.faults]
     for report, fault in faults:

@@ -227,17 +227,19 @@ def check(found: list[aot.Report]) -> None:
         assert each.ctas > 0, name
 
 
+@pytest.mark.parametrize("target", aot.LIMITS)
 @pytest.mark.parametrize("op", aot.ops())
-def test_each_kernel_in_its_first_default_configuration(op: str) -> None:
-    listed = aot.first(aot.shipped(op))
+def test_each_kernel_in_its_first_default_configuration(op: str, target: int) -> None:
+    listed = aot.first(aot.shipped(op, target))
     assert listed, f"{op} ships nothing"
-    check(aot.reports(listed, aot.LIMITS))
+    check(aot.reports(listed, [target]))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", aot.LIMITS)
 @pytest.mark.parametrize("op", aot.ops())
-def test_every_configuration(op: str) -> None:
-    check(aot.reports(aot.shipped(op), aot.LIMITS))
+def test_every_configuration(op: str, target: int) -> None:
+    check(aot.reports(aot.shipped(op, target), [target]))
 
 
 def test_the_window_kernels_share_a_multiprocessor() -> None:

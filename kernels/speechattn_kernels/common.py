@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
-__all__ = ["Launch", "divided", "launch", "power", "precision", "recorded", "registered", "unable"]
+__all__ = ["Launch", "Op", "divided", "generation", "launch", "power", "precision", "recorded", "registered", "unable"]
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,13 +30,21 @@ class Launch:
     stages: int
 
 
-_records: list[list[Launch]] = []
+class Launches(list[Launch]):
+    """What would have been launched on a GPU of this generation."""
+
+    def __init__(self, generation: int) -> None:
+        super().__init__()
+        self.generation = generation
+
+
+_records: list[Launches] = []
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def recorded(generation: int = 9) -> Iterator[list[Launch]]:
     """Inside, nothing is launched: the list holds what would have been. The tensors may be on the device `meta`."""
-    _records.append([])
+    _records.append(Launches(generation))
     try:
         yield _records[-1]
     finally:
@@ -51,13 +62,44 @@ def launch(kernel: Any, grid: Sequence[int], args: dict[str, Any], *, warps: int
             kernel[grid](**args, num_warps=warps, num_stages=stages)
 
 
-def registered(
-    name: str, run: Callable[..., Any], fake: Callable[..., Any], *, mutates: Sequence[str] = ()
-) -> torch.library.CustomOpDef:
-    """`run` as an op of torch, which compilers follow by `fake`; while launches are recorded it runs on any device."""
-    op = torch.library.custom_op(f"speechattn::{name}", run, mutates_args=tuple(mutates))
-    op.register_fake(lambda *args: run(*args) if _records else fake(*args))
-    return op
+class Op:
+    """`run` as an op of torch, `speechattn::NAME`, which compilers and exporters follow by `fake`.
+
+    Where nobody compiles it is called directly, as what torch does around an op takes longer than a short step. While
+    launches are recorded it runs on any device.
+    """
+
+    def __init__(
+        self, name: str, run: Callable[..., Any], fake: Callable[..., Any], *, mutates: Sequence[str] = ()
+    ) -> None:
+        self.run, self.function = run, None
+        self.op = torch.library.custom_op(f"speechattn::{name}", run, mutates_args=tuple(mutates))
+        self.op.register_fake(lambda *args: run(*args) if _records else fake(*args))
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """Gradients: `setup_context(ctx, inputs, output)`, and `backward(ctx, *gradients)` of all inputs."""
+        self.op.register_autograd(backward, setup_context=setup_context)
+        parts = {"forward": self.run, "setup_context": setup_context, "backward": once_differentiable(backward)}
+        self.function = type(self.op._name, (Function,), {name: staticmethod(part) for name, part in parts.items()})
+
+    def __call__(self, *args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        plain = all(type(x) in (Tensor, Parameter) and x.device.type != "meta" for x in tensors)
+        if not plain or torch.compiler.is_compiling():
+            return self.op(*args)
+        if self.function is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return self.function.apply(*args)  # type: ignore[attr-defined]
+        return self.run(*args)
+
+
+registered = Op  # by its former name
+
+
+def generation(x: Tensor) -> int:
+    """The major compute capability (8: Ampere, 9: Hopper) that kernels of `x` are made for."""
+    if _records:
+        return _records[-1].generation
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
 
 
 def unable(x: Tensor) -> str | None:

@@ -2,7 +2,7 @@
 
 With the weights p = exp(scores - lse), the gradient dp of the weights before dropout, and for each query
 delta = sum(p dp) = out . d out - d lse, that of the scores is ds = p (dp - delta). Each kernel computes scores anew,
-and sums in one fixed order: nothing is added atomically.
+and sums in one fixed order: nothing is added atomically. The one for queries comes first, and finds delta.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def weights(scores, lse, visible):
 
 @triton.jit
 def window_queries_kernel(
-    q, k, v, valid, rows, table, turns, lse, delta, d_out, d_q,
+    q, k, v, valid, rows, table, turns, lse, delta, out, d_out, d_lse, d_q,
     q_batch, q_head, q_frame, k_batch, k_head, k_frame, v_batch, v_head, v_frame, o_batch, o_head, o_frame,
     rows_head, rows_feature,
     H, G, T, N, R, P, first, origin, left, chunk, right, dilation, scale, dropout, seed,
@@ -47,7 +47,7 @@ def window_queries_kernel(
     BOUNDED: tl.constexpr, CHUNKED: tl.constexpr, DILATED: tl.constexpr, DROPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d q [B, T, H, D] for the queries m0 .. m0 + M of one head."""
+    """d q [B, T, H, D] and delta [B, H, T] for the queries m0 .. m0 + M of one head."""
     m0, h, b = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2).to(tl.int64)
     g, line = h // (H // G), b * H + h
     q, k, v = q + b * q_batch + h * q_head, k + b * k_batch + g * k_head, v + b * v_batch + g * v_head
@@ -57,7 +57,11 @@ def window_queries_kernel(
     qa, qb = pair(q, i, q_frame, there, turns, first + i, P, D, BLOCK_D)  # [M, D]
     grad = tile(d_out, i, o_frame, there, D, BLOCK_V)  # [M, D]
     level = tl.load(lse + line * T + i, mask=there, other=0.0) * LOG2E
-    inner = tl.load(delta + line * T + i, mask=there, other=0.0)
+    said = tile(out + (b * T * H + h) * D, i, H * D, there, D, BLOCK_V)  # [M, D]
+    inner = tl.sum(grad.to(tl.float32) * said.to(tl.float32), 1)
+    if d_lse is not None:
+        inner -= tl.load(d_lse + line * T + i, mask=there, other=0.0)
+    tl.store(delta + line * T + i, inner, mask=there)
     da = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     db = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin = opened(m0, first, left, chunk, BOUNDED)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speechattn_kernels.common import divided, launch, power, precision, registered, unable
+from speechattn_kernels.common import Op, divided, generation, launch, power, precision, unable
 from speechattn_kernels.window.backward import window_distance_kernel, window_keys_kernel, window_queries_kernel
 from speechattn_kernels.window.forward import window_forward_kernel
 from speechattn_kernels.window.naive import kept
@@ -75,10 +75,19 @@ def window(
 
 
 # Queries and keys of a tile, warps and stages, as they were fastest on an H100 for heads of 64 features in bfloat16.
-FASTEST = {
+HOPPER = {
     "forward": {None: (64, 64, 4, 3), "rows": (64, 64, 4, 2), "table": (64, 32, 4, 2), "turns": (64, 64, 4, 2)},
     "queries": {None: (64, 64, 4, 2), "rows": (32, 32, 4, 2), "table": (64, 32, 4, 2), "turns": (64, 32, 4, 2)},
-    "keys": {None: (64, 64, 4, 2), "rows": (32, 64, 4, 2), "table": (64, 64, 4, 1), "turns": (64, 64, 4, 1)},
+    "keys": {None: (64, 64, 4, 2), "rows": (16, 64, 4, 2), "table": (64, 64, 4, 1), "turns": (64, 64, 4, 1)},
+    "distance": {"rows": (32, 32, 4, 2), "table": (64, 64, 4, 2)},
+}  # fmt: skip
+
+
+# For Ampere, whose products need more registers: what does not spill.
+AMPERE = {
+    "forward": {None: (64, 64, 4, 2), "rows": (32, 64, 4, 2), "table": (64, 32, 4, 2), "turns": (64, 32, 4, 2)},
+    "queries": {None: (64, 64, 4, 2), "rows": (32, 32, 4, 2), "table": (64, 32, 4, 2), "turns": (32, 32, 4, 2)},
+    "keys": {None: (64, 32, 4, 2), "rows": (16, 32, 4, 2), "table": (32, 32, 4, 2), "turns": (16, 32, 4, 2)},
     "distance": {"rows": (32, 32, 4, 2), "table": (64, 64, 4, 2)},
 }  # fmt: skip
 
@@ -87,11 +96,9 @@ def tiles(kernel: str, args: dict[str, Any]) -> tuple[dict[str, int], dict[str, 
     """Sizes of the tiles of a kernel with such arguments, then warps and stages."""
     position = next((name for name in ("rows", "table", "turns") if args[name] is not None), None)
     bytes_of_row = args["D"] * args["q"].element_size()
-    queries, keys, warps, stages = FASTEST[kernel][position]
+    queries, keys, warps, stages = (HOPPER if generation(args["q"]) > 8 else AMPERE)[kernel][position]
     if bytes_of_row > 128:
-        queries, keys, stages = min(queries, 32), 32, 2
-    if bytes_of_row > 256:
-        stages = 1
+        queries, keys, stages = min(queries, 32), 32, 2 if bytes_of_row <= 256 and kernel != "keys" else 1
     return {"BLOCK_M": queries, "BLOCK_N": keys}, {"warps": warps, "stages": stages}
 
 
@@ -167,13 +174,15 @@ def empty(
 
 
 def differentiated(
-    d_out: Tensor, delta: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, rows: Tensor | None,
-    table: Tensor | None, turns: Tensor | None, left: int | None, chunk: int | None, right: int, dilation: int,
-    origin: int, dropout: float, seed: int, learned: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, and of rows and table if they are `learned` (else, of nothing)."""
-    d_q, d_k, d_v, d_rows, d_table = room(d_out, delta, lse, q, k, v, valid, rows, table, turns, left, chunk, right,
-                                          dilation, origin, dropout, seed, learned)  # fmt: skip
+    d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor,
+    rows: Tensor | None, table: Tensor | None, turns: Tensor | None, left: int | None, chunk: int | None, right: int,
+    dilation: int, origin: int, dropout: float, seed: int, learned: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, and of rows and table if they are `learned` (else, of nothing); and delta [B, H, T]."""
+    d_q, d_k, d_v, d_rows, d_table, delta = room(
+        d_out, d_lse, out, lse, q, k, v, valid, rows, table, turns, left, chunk, right, dilation, origin, dropout, seed,
+        learned,
+    )  # fmt: skip
     d_out, q, k, v = rowwise(d_out), rowwise(q), rowwise(k), rowwise(v)
     (batch, heads, frames, dim), (groups, keys) = q.shape, k.shape[1:3]
     args = {
@@ -182,7 +191,8 @@ def differentiated(
     }  # fmt: skip
     sizes, how = tiles("queries", args)
     grid = divided(frames, sizes["BLOCK_M"]), heads, batch
-    launch(window_queries_kernel, grid, {**args, **sizes, "d_q": d_q}, **how)
+    first = {"out": out, "d_lse": None if d_lse is None else d_lse.contiguous(), "d_q": d_q}
+    launch(window_queries_kernel, grid, {**args, **sizes, **first}, **how)
     sizes, how = tiles("keys", args)
     grid = divided(keys, sizes["BLOCK_N"]), groups, batch
     launch(window_keys_kernel, grid, {**args, **sizes, "d_k": d_k, "d_v": d_v}, **how)
@@ -199,20 +209,21 @@ def differentiated(
             d_rows = by_row.sum(0).mT.to(d_rows.dtype).contiguous()
         if by_head is not None:
             d_table = by_head.sum(0).to(d_table.dtype)
-    return d_q, d_k, d_v, d_rows, d_table
+    return d_q, d_k, d_v, d_rows, d_table, delta
 
 
 def room(
-    d_out: Tensor, delta: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, rows: Tensor | None,
-    table: Tensor | None, turns: Tensor | None, left: int | None, chunk: int | None, right: int, dilation: int,
-    origin: int, dropout: float, seed: int, learned: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor,
+    rows: Tensor | None, table: Tensor | None, turns: Tensor | None, left: int | None, chunk: int | None, right: int,
+    dilation: int, origin: int, dropout: float, seed: int, learned: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Room for the gradients."""
     (batch, heads, frames, dim), (groups, keys) = q.shape, k.shape[1:3]
     d_k, d_v = (x.new_empty(batch, keys, groups, dim).transpose(1, 2) for x in (k, v))
     known = [x if learned else None for x in (rows, table)]
     d_rows, d_table = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in known)
-    return q.new_empty(batch, frames, heads, dim).transpose(1, 2), d_k, d_v, d_rows, d_table
+    d_q = q.new_empty(batch, frames, heads, dim).transpose(1, 2)
+    return d_q, d_k, d_v, d_rows, d_table, torch.empty_like(lse)
 
 
 def saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -225,10 +236,9 @@ def gradients(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ..
     """Of all inputs of the op."""
     q, k, v, valid, extra, extra_values, rows, table, turns, out, lse = ctx.saved_tensors
     dropout, seed = ctx.options[-2:]
-    delta = (d_out.float() * out.float()).sum(-1) - d_lse
     learned = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
-    d_q, d_k, d_v, d_rows, d_table = backward(
-        d_out, delta, lse, q, k, v, valid, rows, table, turns, *ctx.options, learned
+    d_q, d_k, d_v, d_rows, d_table, delta = backward(
+        d_out, d_lse, out, lse, q, k, v, valid, rows, table, turns, *ctx.options, learned
     )
     d_extra = d_values = None
     if extra is not None:
@@ -255,5 +265,5 @@ def aside(
     return (p * (grads - delta[..., None])).to(extra.dtype), d_values.to(values.dtype)
 
 
-forward, backward = registered("window", attended, empty), registered("window_backward", differentiated, room)
+forward, backward = Op("window", attended, empty), Op("window_backward", differentiated, room)
 forward.register_autograd(gradients, setup_context=saved)
