@@ -64,6 +64,9 @@ class Counter:
             if 0 <= row < x.numel():
                 assert batch == 0 or len(x) == 1
                 self.rows[self.kernel, name][program].add(row % head // self.args[f"{name}_frame"])
+        held: Tensor | None = self.args.get("extra_values")
+        if held is not None and 0 <= first - held.data_ptr() < held.nbytes:
+            self.rows[self.kernel, "sinks"][program].add(first - held.data_ptr())
 
 
 @contextmanager
@@ -111,13 +114,15 @@ def inputs(frames: int, keys: int, dim: int, heads: int = 1, **options: Any) -> 
     return q, k, v, torch.ones(1, keys, dtype=torch.bool, device=q.device)
 
 
-def work(frames: int, left: int, chunk: int, right: int, dim: int) -> Counter:
+def work(frames: int, left: int, chunk: int, right: int, dim: int, sinks: int = 0) -> Counter:
     """Forward and backward of one head."""
     from speechattn_kernels.window import window
 
+    scores, held = (torch.randn(1, 1, frames, sinks), torch.randn(1, 1, sinks, dim)) if sinks else (None, None)
     with counted() as counter:
         q, k, v, valid = inputs(frames, frames + right, dim)
-        window(q, k, v, valid, left=left, chunk=chunk, right=right)[0].sum().backward()
+        out, _ = window(q, k, v, valid, left=left, chunk=chunk, right=right, extra=scores, extra_values=held)
+        out.sum().backward()
     return counter
 
 
@@ -129,6 +134,12 @@ def visits(frames: int) -> Iterator[tuple[str, int, int]]:
             walked, own, step = ("q", n, m) if "keys" in kernel else ("k", m, n)
             bound = -(-(left + right + own + 2 * (chunk - 1)) // step) + 1
             yield f"{kernel}, left {left} chunk {chunk} right {right}", counter.most(kernel, walked), bound
+    left, chunk, right, dim = BANDS[0]
+    counter, kernel = work(frames, left, chunk, right, dim, sinks=4), "window_forward_kernel"
+    m, n = counter.tiles[kernel]
+    bound = -(-(left + right + m + 2 * (chunk - 1)) // n) + 1
+    yield f"{kernel}, the same with 4 sinks", counter.most(kernel, "k"), bound
+    yield f"{kernel}, blocks of sinks", counter.most(kernel, "sinks"), 1
 
 
 def growth() -> Iterator[tuple[str, float, float]]:
