@@ -24,7 +24,8 @@ from speechattn.attention import (
 )  # fmt: skip
 from speechattn.attention.flex import Flex
 from speechattn.attention.pattern import visible
-from speechattn.attention.position import skewed
+from speechattn.attention.position import Position, skewed
+from speechattn.attention.triton import Triton
 from speechattn.frames import Frames
 from speechattn.testing import oracle, random_frames, stepped
 
@@ -205,7 +206,8 @@ def test_backends_give_their_reasons() -> None:
     for backend, pattern, message in [
         ("window", Span(None), "not bounded to the left"), ("window", Blocks(4, ((True,),)), "Blocks is not a band"),
         ("flex", Span(None), "needs CUDA"), ("fused", Span(1, sinks=1), "sinks"),
-        ("fast", Span(None), "wanted auto or one of window, fused, reference, flex"),
+        ("fast", Span(None), "wanted auto or one of triton, window, fused, reference, flex"),
+        ("triton", Blocks(4, ((True,),)), "Blocks is not a span"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             attend(q, k, v, pattern=pattern, valid=valid, backend=backend)
@@ -217,6 +219,22 @@ def test_backends_give_their_reasons() -> None:
         attend(q, k, v, pattern=Span(0, 4, 3), valid=valid)
     with pytest.raises(ValueError, match="5 keys, 4 of them"):
         attend(q, torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), pattern=Span(0, 4), valid=valid)
+
+
+def test_the_kernels_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, kernels = torch.zeros(1, 2, 3, 8), Triton()
+    assert kernels.supports(q, Span(1), None) == (
+        "it needs CUDA, the tensors are on cpu (TRITON_INTERPRET=1 runs it there, slowly)"
+    )
+    assert "not in float64" in (kernels.supports(q.double(), Span(1), None) or "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.supports(q, Span(None, None), Relative(16, 2)) is None
+    assert not kernels.preferred(q)
+    assert "257 features" in (kernels.supports(torch.zeros(1, 1, 1, 257), Span(1), None) or "")
+    assert "Position has no terms" in (kernels.supports(q, Span(1), Position()) or "")
+    assert "as if it were integers" in (kernels.supports(q.bfloat16(), Span(1), None) or "")
+    monkeypatch.setattr("speechattn.attention.triton.installed", lambda: False)
+    assert "speechattn[kernels]" in (kernels.supports(q, Span(1), None) or "")
 
 
 def test_a_table_is_made_once_and_can_meet_a_gradient() -> None:

@@ -142,10 +142,11 @@ class Relative(Position):
         """W r(distance) by head [H, D, R] and v . W r(distance) [H, 1, R], scaled; R is len(distances).
 
         Kept while the weights stay and no gradient is asked. A change that leaves no trace in their version (through
-        `.data`, as averaged teachers are updated) is noticed by a sample of them.
+        `.data`, as averaged teachers are updated) is noticed by a sample of them. Not on a GPU, which would be waited
+        for to see it: making the table is faster.
         """
         weight, kept = self.linear.weight, self._rows
-        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._plain()
+        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_cuda) and self._plain()
         key, sample = None, None
         if keep:
             key = (distances, like.dtype, like.device, weight._version, self.v._version, id(weight), id(self.v))
@@ -217,6 +218,13 @@ def slopes(heads: int, device: torch.device) -> Tensor:
     return (2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)).to(device)
 
 
+@constant
+def penalties(heads: int, distances: range, device: torch.device) -> Tensor:
+    """What each head takes off for each distance [H, len(distances)], negative."""
+    at = torch.arange(distances.start, distances.stop, distances.step, device=device)
+    return -slopes(heads, device)[:, None] * at.abs()
+
+
 class Alibi(Scalar):
     """A penalty that grows with distance, to both sides; nothing to learn (arXiv 2108.12409)."""
 
@@ -225,8 +233,7 @@ class Alibi(Scalar):
         self.heads = heads
 
     def scalars(self, distances: range, device: torch.device) -> Tensor:
-        at = torch.arange(distances.start, distances.stop, distances.step, device=device)
-        return -slopes(self.heads, device)[:, None] * at.abs()
+        return penalties(self.heads, distances, device)
 
 
 @constant
