@@ -24,7 +24,7 @@ from speechattn.attention import (
 )  # fmt: skip
 from speechattn.attention.flex import Flex
 from speechattn.attention.pattern import visible
-from speechattn.attention.position import Position, skewed
+from speechattn.attention.position import skewed
 from speechattn.attention.triton import Triton
 from speechattn.frames import Frames
 from speechattn.testing import oracle, random_frames, stepped
@@ -222,7 +222,7 @@ def test_backends_give_their_reasons() -> None:
 
 
 def test_the_kernels_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, kernels = torch.zeros(1, 2, 3, 8), Triton()
+    q, kernels = torch.zeros(1, 2, 3, 8, dtype=torch.float32), Triton()
     assert kernels.supports(q, Span(1), None) == (
         "it needs CUDA, the tensors are on cpu (TRITON_INTERPRET=1 runs it there, slowly)"
     )
@@ -230,7 +230,7 @@ def test_the_kernels_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert kernels.supports(q, Span(None, None), Relative(16, 2)) is None
     assert not kernels.preferred(q)
-    assert "257 features" in (kernels.supports(torch.zeros(1, 1, 1, 257), Span(1), None) or "")
+    assert "257 features" in (kernels.supports(q.new_zeros(1, 1, 1, 257), Span(1), None) or "")
     assert "Position has no terms" in (kernels.supports(q, Span(1), Position()) or "")
     assert "as if it were integers" in (kernels.supports(q.bfloat16(), Span(1), None) or "")
     monkeypatch.setattr("speechattn.attention.triton.installed", lambda: False)
