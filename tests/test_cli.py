@@ -12,11 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+from speechattn.attention import BACKENDS, SelfAttention
 from speechattn.audio.read import Recording
 from speechattn.cli import main
+from speechattn.cli.main import parser
+from speechattn.cli.options import build_live_model
 from speechattn.data.fotaq import read_split
 from speechattn.live.events import Event
+
+DIGITS = Path(__file__).parent / "digits"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +103,9 @@ BAD = [
     (["transcribe", "ok.wav", "--audio-max-len", "40"], "max_window_s"),
     (["transcribe", "ok.wav", "--offline", "--min-chunk-size", "2"], "nothing with --offline"),
     (["transcribe", "ok.wav", "--threads", "0"], "at least 1"),
+    (["transcribe", "ok.wav", "ok.wav", "--backend", "triton"], "cannot run with the backend triton: it needs CUDA"),
+    (["transcribe", "ok.wav", "--backend", "window"], "run with the backend window: the pattern is not bounded"),
+    (["stream", "ok.wav", "--fast", "--backend", "flex"], "run with the backend flex: it needs CUDA"),
     (["stream", "ok.wav", "--rate", "8000"], "does not go with a file"),
     (["stream", "-", "--rate", "0"], "--rate 0"),
     (["stream", "-", "--channels", "0"], "--channels 0"),
@@ -129,7 +138,8 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["transcribe", "a.wav", "--mdoel", "x"], ["strem"], ["transcribe"], ["score"], []]
+    "arguments",
+    [["transcribe", "a.wav", "--mdoel", "x"], ["stream", "--backend", "f"], ["strem"], ["transcribe"], ["score"], []],
 )
 def test_unknown_words_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -203,8 +213,48 @@ def test_a_closed_pipe_is_no_accident(speech: Path) -> None:
 def test_doctor_tells_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    for word in ("torch", "cuda", "model        tiny.en", "microphone", "lightning"):
+    for word in ("torch", "cuda", "model        tiny.en", "microphone", "lightning", "attention    window: yes"):
         assert word in said
+    found = [line.split()[1] for line in said.splitlines() if line.startswith("attention ")]
+    assert found == [f"{name}:" for name in BACKENDS]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_doctor_tells_why_kernels_do_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for there, reason in ((True, "no: it needs CUDA, the tensors are on cpu"), (False, "no: triton is not installed")):
+        monkeypatch.setattr("speechattn.attention.triton.installed", lambda found=there: found)
+        assert main(["doctor"]) == 0
+        said = capsys.readouterr().out
+        assert f"attention    triton: {reason} (" in said
+        assert f"kernels      {reason} (" in said
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["doctor"]) == 0
+    assert "kernels      yes, in Triton's interpreter" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["stream", "transcribe"])
+def test_attention_is_computed_by_the_backend_that_is_asked_for(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a real model that streams; the words are the same."""
+    said = {}
+    for name in (None, "auto", "reference"):
+        given = [command, str(DIGITS / "00.flac"), "--model", str(DIGITS)]
+        given += [] if name is None else ["--backend", name]
+        assert main([*given, "--fast"] if command == "stream" else given) == 0
+        said[name] = capsys.readouterr().out
+        model = build_live_model(parser().parse_args(given))
+        layers = [layer for layer in model.modules() if isinstance(layer, SelfAttention)]  # type: ignore[union-attr]
+        assert {layer.backend for layer in layers} == {name or "auto"}
+    assert said[None]
+    assert len({*said.values()}) == 1
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"--backend {{auto,{','.join(BACKENDS)}}}" in capsys.readouterr().out
 
 
 def test_demo_prints_the_numbers(fotaq: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from speechattn import tree
 from speechattn.attention.entmax import Entmax
+from speechattn.cross.expected import Form, doubling, fused
 from speechattn.cross.location import DynamicConvolution, MixtureAttention
 from speechattn.cross.monotonic import HardMonotonic, MoChA
 from speechattn.cross.segmental import SegmentAttention, Segments, Within
@@ -21,6 +22,7 @@ from speechattn.cross.sources import Flat, Hierarchical, Sources
 from speechattn.decoder.attention import AttentionDecoder, sinusoids
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
+from speechattn.model.config import build
 from speechattn.pretrained.espnet.decoder import load_decoder
 from speechattn.search.attention import AttentionScorer
 from speechattn.search.greedy import Greedy
@@ -104,6 +106,13 @@ def test_attention_without_weights_is_that_with_weights(dtype: torch.dtype) -> N
         assert torch.equal(context[2], soft.out.bias.expand(4, -1))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=near, atol=near * 10)
+
+
+@pytest.mark.parametrize("form", [doubling, fused])
+def test_a_configuration_names_who_computes_expected_alignments(form: Form) -> None:
+    name = f"speechattn.cross.expected.{form.__name__}"  # type: ignore[attr-defined]
+    part = {"class_path": "speechattn.cross.monotonic.HardMonotonic", "init_args": {"dim": 8, "heads": 2, "form": name}}
+    assert build(part, "here").form is form
 
 
 def test_memory_read_before_stands_behind() -> None:

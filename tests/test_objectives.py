@@ -18,7 +18,7 @@ from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.cass_nat import Aligned, CassNatDecoder
 from speechattn.decoder.ctc import CTC, IntermediateCTC
 from speechattn.decoder.predictor import StatelessPredictor
-from speechattn.decoder.transducer import Joint, PrunedLoss, Transducer
+from speechattn.decoder.transducer import FactoredJoint, Joint, PrunedLoss, Transducer
 from speechattn.encoder import Conformer, EfficientConformer
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
@@ -33,6 +33,7 @@ from speechattn.task.objectives import (
     AttentionObjective,
     CassNatObjective,
     CTCObjective,
+    FusedTransducerObjective,
     Heard,
     IntermediateObjective,
     Objective,
@@ -94,6 +95,7 @@ def every(folder: str = "") -> dict[str, tuple[Objective, tuple[str, ...]]]:
         "source": (CTCObjective(head="source"), ("source",)),
         "attention": (AttentionObjective(smoothing=0.1), ("attention",)),
         "transducer": (TransducerObjective(), ("transducer",)),
+        "fused": (FusedTransducerObjective(), ("transducer",)),
         "pruned": (PrunedTransducerObjective(width=3), ("transducer",)),
         "cass_nat": (CassNatObjective(), ("cass_nat",)),
         "intermediate": (IntermediateObjective(0.5, [0, 1]), ("ctc",)),
@@ -101,9 +103,20 @@ def every(folder: str = "") -> dict[str, tuple[Objective, tuple[str, ...]]]:
     }
 
 
+@pytest.fixture
+def naive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused loss by its reference in plain torch: what it is in kernels is tested where they run."""
+    from speechattn_kernels import rnnt
+    from speechattn_kernels.rnnt.naive import rnnt_naive as reference
+
+    monkeypatch.setattr(rnnt, "rnnt", reference)
+    monkeypatch.setattr("speechattn.decoder.transducer.missing", lambda x: None)
+
+
 ALL = ("ctc", "source", "attention", "transducer", "cass_nat")
 
 
+@pytest.mark.usefixtures("naive")
 @pytest.mark.parametrize("name", list(every()))
 def test_gradients_reach_all_that_it_trains_and_nothing_else(name: str) -> None:
     model = model_of(*ALL)
@@ -127,6 +140,7 @@ def test_gradients_reach_all_that_it_trains_and_nothing_else(name: str) -> None:
             assert bool(p.grad.abs().sum() > 0) or n.endswith("position.v"), n
 
 
+@pytest.mark.usefixtures("naive")
 @pytest.mark.parametrize("name", list(every()))
 def test_an_utterance_costs_alone_what_it_costs_in_a_batch(name: str) -> None:
     model = model_of(*ALL).double().eval()
@@ -144,6 +158,7 @@ def test_an_utterance_costs_alone_what_it_costs_in_a_batch(name: str) -> None:
         torch.testing.assert_close(alone[0], together[i], rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.usefixtures("naive")
 @pytest.mark.parametrize("name", list(every()))
 def test_nobody_costs_nothing(name: str) -> None:
     model = model_of(*ALL)
@@ -161,6 +176,7 @@ def test_nobody_costs_nothing(name: str) -> None:
     assert objective.impossible(heard, none).shape == (0,)
 
 
+@pytest.mark.usefixtures("naive")
 def test_losses_are_those_of_the_heads() -> None:
     model = model_of(*ALL)
     heads: Any = dict(model.heads)
@@ -180,6 +196,7 @@ def test_losses_are_those_of_the_heads() -> None:
         heads["attention"].losses(memory, tokens, lengths, sos=END, eos=END, smoothing=0.2),
     )
     check(TransducerObjective(), heads["transducer"].loss(x, tokens, lengths))
+    check(FusedTransducerObjective(), heads["transducer"].loss(x, tokens, lengths))
     judge = Aligned(heads["cass_nat"], heads["ctc"])
     check(CassNatObjective(smoothing=0.3), judge.losses(memory, tokens, lengths, sos=END, eos=END, smoothing=0.3))
     inner = IntermediateCTC(heads["ctc"])
@@ -233,7 +250,8 @@ def test_what_ctc_cannot_say_is_known_before(lengths: list[int], seed: int) -> N
     assert torch.equal(crowded(x, said), ~costs.isfinite())
 
 
-@pytest.mark.parametrize("name", ["ctc", "transducer", "pruned", "cass_nat", "intermediate"])
+@pytest.mark.usefixtures("naive")
+@pytest.mark.parametrize("name", ["ctc", "transducer", "fused", "pruned", "cass_nat", "intermediate"])
 def test_what_is_impossible_costs_nothing_and_is_told(name: str) -> None:
     model = model_of(*ALL)
     objective = fitted(every()[name][0], model)
@@ -243,7 +261,8 @@ def test_what_is_impossible_costs_nothing_and_is_told(name: str) -> None:
     heard = heard_by(model, objective.layers, x)
     losses = objective.losses(model, heard, Said(said.tokens, said.lengths, said))
     lost = objective.impossible(heard, said)
-    assert lost.tolist() == ([False, True, False, False] if name == "transducer" else [False, True, True, False])
+    crowds = name not in ("transducer", "fused")
+    assert lost.tolist() == [False, True, crowds, False]
     assert bool((losses[lost] == 0).all())
     assert bool((losses[~lost] > 0).all())
     losses.sum().backward()
@@ -256,6 +275,7 @@ def test_mistakes_are_named() -> None:
         (AttentionObjective(), r"needs the head attention \(AttentionDecoder\); there are ctc"),
         (TransducerObjective(), "needs the head transducer"),
         (PrunedTransducerObjective(), "needs the head transducer"),
+        (FusedTransducerObjective(), "needs the head transducer"),
         (CassNatObjective(), "needs the head cass_nat"), (CTCObjective(head="source"), "needs the head source"),
         (IntermediateObjective(0.5, [1, 3]), r"ctc_intermediate: layers \[3\]: the encoder has 0 to 2"),
     ):  # fmt: skip
@@ -278,6 +298,17 @@ def test_mistakes_are_named() -> None:
     objective = fitted(IntermediateObjective(0.5, [0]), narrow)
     with pytest.raises(ModelError, match="layer 0 is 8 wide, not 16"):
         objective.losses(narrow, heard_by(narrow, (0,)), said_in(*TEXTS))
+
+
+def test_a_fused_loss_without_a_gpu_says_what_to_do() -> None:
+    model = model_of("transducer")
+    objective = fitted(FusedTransducerObjective(), model)
+    with pytest.raises(ModelError, match=r"needs CUDA.*TransducerObjective and PrunedTransducerObjective do without"):
+        objective.losses(model, heard_by(model), said_in(*TEXTS))
+    factored = Transducer(StatelessPredictor(VOCAB, DIM), FactoredJoint(DIM, DIM, DIM, VOCAB))
+    other = Recognizer(model.front_end, model.encoder, {"transducer": factored}, PIECES, sample_rate=RATE)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"FactoredJoint are not those of one softmax.*do without"):
+        FusedTransducerObjective().fit(other)
 
 
 CONFIG: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,41 @@ def test_blank_elsewhere_and_shorter_than_declared() -> None:
     torch.testing.assert_close(fast, same)
 
 
+@pytest.mark.parametrize(
+    ("frames", "said"),
+    [((9, 6, 1), (4, 2, 3)), ((2,), (0,)), ((1, 1), (0, 3)), ((0, 2, 0, 5, 1), (0, 1, 2, 0, 2)), ((4, 2), (1, 4))],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_that_a_kernel_gets_wrong_are_kept_from_it(
+    frames: tuple[int, ...], said: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it gives nonsense, for one frame or no label, neither loss nor gradient know it."""
+    asked = []
+
+    def nonsense(scores: Tensor, labels: Tensor, t: Tensor, u: Tensor, **options: Any) -> Tensor:
+        asked.extend(zip(t.tolist(), u.tolist(), strict=True))
+        wrong = (t < 2) | (u < 1)
+        return rnnt_loss(scores, labels, t, u, **options) * torch.where(wrong, torch.nan, 1.0)
+
+    scores = torch.randn(len(frames), max(frames) + 1, max(said) + 2, V).to(dtype).requires_grad_()
+    labels = torch.randint(1, V, (len(frames), max(said) + 1))
+    wanted = transducer_loss(scores.double(), labels, lengths(*frames), lengths(*said))
+    sure = torch.autograd.grad(wanted[wanted.isfinite()].sum(), scores)[0]
+    monkeypatch.setattr("torchaudio.functional.rnnt_loss", nonsense)
+    near = 1e-5 if dtype == torch.float32 else 1e-3
+    for astray in (False, True):
+        monkeypatch.setattr("speechattn.decoder.transducer_loss.astray", lambda scores, found=astray: found)
+        asked.clear()
+        found = transducer_loss(scores, labels, lengths(*frames), lengths(*said))
+        pairs = [(t, u) for t, u in zip(frames, said, strict=True) if t > int(astray) and u >= int(astray)]
+        assert asked == pairs
+        assert found.dtype == torch.float32
+        right = [i for i, (t, u) in enumerate(zip(frames, said, strict=True)) if astray or t < 1 or (t > 1 and u)]
+        torch.testing.assert_close(found[right].double(), wanted[right], rtol=0, atol=1e-5)
+    grad = torch.autograd.grad(found[found.isfinite()].sum(), scores)[0]
+    torch.testing.assert_close(grad, sure, rtol=0, atol=near)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_frames_there_is_no_alignment(dtype: torch.dtype) -> None:
     scores = torch.randn(3, 2, 3, V, dtype=dtype).requires_grad_()
@@ -172,6 +208,7 @@ def test_without_frames_there_is_no_alignment(dtype: torch.dtype) -> None:
     assert scores.grad.isfinite().all()
     nothing = transducer_loss(scores[:, :0], labels, lengths(0, 0, 0), lengths(0, 2, 1))
     assert nothing.tolist() == [0, torch.inf, torch.inf]
+    assert nothing.dtype == dtype
     assert transducer_loss(scores[:0], labels[:0], lengths(), lengths()).shape == (0,)
 
 
@@ -276,7 +313,7 @@ def test_a_narrow_band_is_a_bound_that_rises_with_certainty() -> None:
         PrunedLoss(5, D, V, width=1)
 
 
-def test_the_fused_loss_says_what_it_cannot_express() -> None:
+def test_the_fused_loss_says_what_it_cannot_express(monkeypatch: pytest.MonkeyPatch) -> None:
     """That it is the loss is tested where kernels run, in `kernels/tests/test_rnnt.py`."""
     x, labels, said = random_frames([4], 5), torch.tensor([[1]]), lengths(1)
     with pytest.raises(ModelError, match="the scores of FactoredJoint are not those of one softmax"):
@@ -287,6 +324,11 @@ def test_the_fused_loss_says_what_it_cannot_express() -> None:
         FusedLoss()(model, x, labels, said)
     with pytest.raises(ModelError, match="the kernels compute in float32, bfloat16 and float16, not in float64"):
         FusedLoss()(transducer().double(), Frames.of(x.values.double(), x.mask), labels, said)
+    with pytest.raises(ModelError, match=r"needs CUDA, the tensors are on cpu.*; TransducerObjective and Pruned"):
+        FusedLoss()(transducer(), x, labels, said)
+    monkeypatch.setattr("speechattn.decoder.transducer.installed", lambda: False)
+    with pytest.raises(ModelError, match=r"triton is not installed \(pip install 'speechattn\[kernels\]'\); Trans"):
+        FusedLoss()(transducer(), x, labels, said)
 
 
 @pytest.mark.usefixtures("precise")

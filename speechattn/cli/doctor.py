@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"{'model':<12} {name}: {place}")
     for name, found in backends():
         print(f"{'attention':<12} {name}: {found}")
+    print(f"{'kernels':<12} {kernels()}")
     print(attempt(microphones))
     return 0
 
@@ -58,6 +59,22 @@ def backends() -> Iterator[tuple[str, str]]:
     for name, backend in BACKENDS.items():
         reason = backend.supports(q, Span(64, 16), None)
         yield name, "yes" if reason is None else f"no: {reason}"
+
+
+def kernels() -> str:
+    """How the kernels run that speechattn brings (attention, policies, alignments, a loss), or why they do not."""
+    import torch
+
+    from speechattn.attention.triton import installed
+
+    if not installed():
+        return "no: triton is not installed (pip install 'speechattn[kernels]')"
+    from speechattn_kernels.common import unable
+
+    x = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    if reason := unable(x):
+        return f"no: {reason}"
+    return f"yes, on {torch.cuda.get_device_name()}" if x.is_cuda else "yes, in Triton's interpreter: only for tests"
 
 
 def devices() -> Iterator[tuple[str, str]]:

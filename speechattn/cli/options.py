@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from speechattn.attention import BACKENDS
 from speechattn.audio.vad import AlwaysSpeech, SileroVAD, VoiceActivity
 from speechattn.errors import InputError
 from speechattn.live.endings import StreamSettings
 from speechattn.live.listener import WindowModel
-from speechattn.live.session import Session
+from speechattn.live.session import Session, choose_backend
 from speechattn.live.streaming import Streaming
 from speechattn.live.windowed import Settings, Windowed
 from speechattn.model import Recognizer, load_model
@@ -28,7 +29,8 @@ from speechattn.pretrained.whisper import WhisperModel
 from speechattn.pretrained.whisper.load import FRAME_THRESHOLD
 
 __all__ = [
-    "add_model_options", "add_running_options", "add_session_options", "build_model", "build_session", "resolved",
+    "add_backend_option", "add_model_options", "add_running_options", "add_session_options", "build_live_model",
+    "build_model", "build_session", "resolved",
 ]  # fmt: skip
 
 NEVER_S = 1e9
@@ -56,6 +58,14 @@ def add_running_options(group: Any) -> None:
         "--plugin", action="append", default=[], metavar="MODULE", help="whose classes the model's config.yaml names"
     )
     group.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: small models are fastest so)")
+
+
+def add_backend_option(parser: argparse.ArgumentParser) -> None:
+    """Who computes attention, for `build_live_model`."""
+    parser.add_argument(
+        "--backend", choices=("auto", *BACKENDS),
+        help="who computes the attention of the model's layers (default auto; speechattn doctor says which can here)",
+    )  # fmt: skip
 
 
 def add_session_options(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +105,14 @@ def build_model(options: argparse.Namespace) -> Recognizer | WhisperModel:
         options.model, device=options.device, dtype=options.dtype, language=options.language, task=options.task,
         plugins=options.plugin,
     )  # fmt: skip
+
+
+def build_live_model(options: argparse.Namespace) -> Recognizer | WhisperModel:
+    """The same, computing by `--backend`; InputError for one that it cannot run with."""
+    model = build_model(options)
+    if options.backend is not None:
+        choose_backend(model, options.backend)
+    return model
 
 
 def build_session(

@@ -13,7 +13,14 @@ from speechattn.audio.microphone import listen
 from speechattn.audio.read import open_recording, read_pcm
 from speechattn.audio.resample import HIGHEST_RATE, LOWEST_RATE, Samples
 from speechattn.cli.display import Display, JsonLines, Plain, Terminal
-from speechattn.cli.options import add_model_options, add_session_options, build_model, build_session, resolved
+from speechattn.cli.options import (
+    add_backend_option,
+    add_model_options,
+    add_session_options,
+    build_live_model,
+    build_session,
+    resolved,
+)  # fmt: skip
 from speechattn.errors import InputError
 from speechattn.live.session import Session
 
@@ -37,6 +44,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--channels", type=int, help="channels on standard input (default 1)")
     parser.add_argument("--input-device", help="microphone by number or name (see speechattn doctor)")
     add_model_options(parser)
+    add_backend_option(parser)
     add_session_options(parser)
     parser.set_defaults(run=run)
 
@@ -45,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     """Listen until the source ends; Ctrl-C ends a microphone, and interrupts a file."""
     rate, blocks = source(options)
     display = choose_display(options.format)
-    session = build_session(options, build_model(options))
+    session = build_session(options, build_live_model(options))
     print(f"speechattn: {resolved(options, session)}", file=sys.stderr)
     paced = options.source not in ("-", "mic") and not options.fast
     try:

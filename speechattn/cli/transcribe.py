@@ -10,7 +10,14 @@ from typing import Any
 from tqdm import tqdm
 
 from speechattn.audio.read import Recording, open_recording
-from speechattn.cli.options import add_model_options, add_session_options, build_model, build_session, folder
+from speechattn.cli.options import (
+    add_backend_option,
+    add_model_options,
+    add_session_options,
+    build_live_model,
+    build_session,
+    folder,
+)  # fmt: skip
 from speechattn.errors import InputError
 from speechattn.live.events import Event
 from speechattn.live.formats import FORMATS, segments
@@ -27,6 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output-dir", "-o", metavar="DIR", help="write DIR/<stem>.<format> (default: print)")
     parser.add_argument("--offline", action="store_true", help="commit whole utterances: slower to appear, no policy")
     add_model_options(parser)
+    add_backend_option(parser)
     add_session_options(parser)
     parser.set_defaults(run=run)
 
@@ -37,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     stems = [Path(name).stem for name in options.files]
     if place and len(set(stems)) < len(stems):
         raise InputError("two files have the same name, and one transcript would overwrite the other")
-    model = build_model(options)
+    model = build_live_model(options)
     failed = []
     for name in options.files:
         events: list[Event] = []

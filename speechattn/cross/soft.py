@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.util import find_spec
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from speechattn.attention.entmax import Entmax
+from speechattn.attention.triton import installed
 from speechattn.cross import Attended, chosen
 from speechattn.frames import Memory
 from speechattn.linear import run
@@ -73,8 +73,9 @@ class Soft(nn.Module):
     `normaliser` makes, from the number of heads, what turns scores into weights (`attention.entmax`); by default it is
     the softmax.
 
-    Where the weights of no head are asked for, torch's fused attention keeps none. On a GPU, where no gradient is
-    wanted, those of some heads are all that is ever written, by the kernel `policy`.
+    Where the weights of no head are asked for, torch's fused attention keeps none, and on a GPU the kernel `entmax`
+    none of that normaliser. Where no gradient is wanted there, those of some heads are all that is ever written, by
+    the kernel `policy`.
     """
 
     def __init__(
@@ -128,6 +129,11 @@ class Soft(nn.Module):
             if not heads:
                 seen = F.scaled_dot_product_attention(q, read.key, read.value, read.mask[:, None, None])
                 return seen, seen.new_zeros(len(q), 0, q.shape[2], read.mask.shape[1])
+        if heads is not None and not heads and type(self.normaliser) is Entmax and runs(q):
+            from speechattn_kernels.entmax import entmax_attention
+
+            context, _ = entmax_attention(q, read.key, read.value, read.mask, self.normaliser.alpha.to(q.device))
+            return context, context.new_zeros(len(q), 0, q.shape[2], read.mask.shape[1])
         scores = (q / sqrt(q.shape[-1])) @ read.key.transpose(-1, -2)
         weights = self.weigh(scores, read.mask[:, None, None])
         return weights @ read.value, chosen(weights, heads)
@@ -141,16 +147,19 @@ class Soft(nn.Module):
 
 
 def serving(q: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
-    """The kernel `policy` where it can run on `q` [B, H, U, D]: on CUDA, if Triton is installed."""
-    if not q.is_cuda or torch.is_grad_enabled() or q.shape[-1] > WIDEST or not installed():
+    """The kernel `policy` where it can run on `q` [B, H, U, D]: it has no gradient of weights."""
+    if torch.is_grad_enabled() or not runs(q):
         return None
-    from speechattn_kernels.common import unable
     from speechattn_kernels.policy import policy
 
-    return policy if unable(q) is None else None
+    kernel: Callable[..., tuple[Tensor, Tensor, Tensor]] = policy
+    return kernel
 
 
-@cache
-def installed() -> bool:
-    """Whether the compiler of kernels is there."""
-    return find_spec("triton") is not None
+def runs(q: Tensor) -> bool:
+    """Kernels run on `q` [B, H, U, D]: on CUDA, if Triton is installed; in the interpreter not by themselves."""
+    if not q.is_cuda or q.shape[-1] > WIDEST or not installed():
+        return False
+    from speechattn_kernels.common import unable
+
+    return unable(q) is None

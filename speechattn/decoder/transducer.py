@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from speechattn.attention.triton import installed
 from speechattn.decoder.predictor import Predictor
 from speechattn.decoder.transducer_loss import (
     banded,
@@ -161,15 +162,13 @@ class FusedLoss(nn.Module):
     def forward(self, transducer: Transducer, x: Frames, labels: Tensor, lengths: Tensor) -> Tensor:
         """`transducer` over `x` [B, T, D] and the first `lengths` [B] of `labels` [B, U], as [B]."""
         joint, out = transducer.joint, transducer.joint.out
-        if reason := self.unable(joint):
-            raise ModelError(f"the fused loss: {reason}; the whole or the pruned loss can be had")
-        from speechattn_kernels.common import unable
+        f = joint.frames(x.values)
+        if reason := self.unable(joint) or missing(f):
+            raise unfit(reason)
         from speechattn_kernels.rnnt import rnnt
 
         labels = known(labels, lengths, transducer.blank)
-        f, g = joint.frames(x.values), joint.labels(transducer.predictor(labels))
-        if reason := unable(f):
-            raise ModelError(f"the fused loss: {reason}; the whole or the pruned loss can be had")
+        g = joint.labels(transducer.predictor(labels))
         bias = out.weight.new_zeros(out.out_features) if out.bias is None else out.bias
         loss: Tensor = rnnt(
             f, g.to(f.dtype), out.weight.to(f.dtype), bias.to(f.dtype), labels, x.lengths, lengths,
@@ -184,3 +183,18 @@ class FusedLoss(nn.Module):
         if type(joint.out) is not nn.Linear:
             return f"the last layer is {type(joint.out).__name__}, not linear alone"
         return None
+
+
+def unfit(reason: str) -> ModelError:
+    """What to do where there can be no fused loss."""
+    return ModelError(f"the fused loss: {reason}; TransducerObjective and PrunedTransducerObjective do without")
+
+
+def missing(x: Tensor) -> str | None:
+    """Why no kernel can run on `x` here; None if one can."""
+    if not installed():
+        return "triton is not installed (pip install 'speechattn[kernels]')"
+    from speechattn_kernels.common import unable
+
+    why: str | None = unable(x)
+    return why

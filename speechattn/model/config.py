@@ -20,7 +20,7 @@ __all__ = ["build", "read_yaml"]
 VALUES = (Span, Blocks)  # besides modules
 FUNCTIONS = {
     *(f"speechattn.decoder.attention.{name}" for name in ("learned", "sinusoids")),
-    *(f"speechattn.cross.expected.{name}" for name in ("matrix", "ratio", "scan", "sequential")),
+    *(f"speechattn.cross.expected.{name}" for name in ("doubling", "fused", "matrix", "ratio", "scan", "sequential")),
 }  # that make tables of positions, or expected alignments
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.cass_nat import Aligned, CassNatDecoder
 from speechattn.decoder.ctc import CTC
-from speechattn.decoder.transducer import PrunedLoss, Transducer
+from speechattn.decoder.transducer import FusedLoss, PrunedLoss, Transducer, unfit
 from speechattn.encoder import Encoder
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
@@ -22,8 +22,9 @@ from speechattn.model.searches import SOURCE
 from speechattn.text.pieces import END
 
 __all__ = [
-    "AttentionObjective", "CTCObjective", "CassNatObjective", "Heard", "IntermediateObjective", "Objective",
-    "PrunedTransducerObjective", "Said", "TransducerObjective", "crowded", "ending", "head_of", "wanted",
+    "AttentionObjective", "CTCObjective", "CassNatObjective", "FusedTransducerObjective", "Heard",
+    "IntermediateObjective", "Objective", "PrunedTransducerObjective", "Said", "TransducerObjective", "crowded",
+    "ending", "head_of", "wanted",
 ]  # fmt: skip
 
 Head = TypeVar("Head", bound=nn.Module)
@@ -229,6 +230,23 @@ class TransducerObjective(Objective):
 
     def impossible(self, heard: Heard, said: Said) -> Tensor:
         return (heard.frames.lengths == 0) & (said.lengths > 0)
+
+
+class FusedTransducerObjective(TransducerObjective):
+    """The same in kernels that never hold all scores: memory for long texts and large vocabularies, on a GPU."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.fused = FusedLoss()
+
+    def fit(self, model: Recognizer) -> None:
+        if reason := self.fused.unable(head_of(model, self.name, Transducer).joint):
+            raise unfit(reason)
+
+    def losses(self, model: Recognizer, heard: Heard, said: Said) -> Tensor:
+        lengths = said.lengths.masked_fill(self.impossible(heard, said), 0)
+        loss: Tensor = self.fused(head_of(model, self.name, Transducer), heard.frames, said.tokens, lengths)
+        return loss
 
 
 class PrunedTransducerObjective(Objective):
