@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -242,16 +243,34 @@ def test_every_configuration(op: str, target: int) -> None:
     check(aot.reports(aot.shipped(op, target), [target]))
 
 
-def test_the_window_kernels_share_a_multiprocessor() -> None:
-    """Heads of 64 features, chunks of 16 with 64 frames before, bfloat16, sm_90: nothing spills, two CTAs or more."""
+def window_launches(heads: int, frames: int) -> list[Launch]:
+    """Forward and backward of bfloat16 heads of 64 features, chunks of 16 with 64 frames before."""
     from speechattn_kernels.window import window
 
-    q, k, v = (torch.empty(8, 8, 2000, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.empty(1, heads, frames, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3)
+    )
     with recorded() as launches:
-        valid = torch.empty(8, 2000, dtype=torch.bool, device="meta")
+        valid = torch.empty(1, frames, dtype=torch.bool, device="meta")
         window(q, k, v, valid, left=64, chunk=16)[0].sum().backward()
-    found = aot.reports([aot.Shipped("window", "plain", True, each) for each in launches], [90])
-    assert len(found) == 3
+    assert len(launches) == 3
+    return launches
+
+
+@pytest.mark.parametrize("frames", [2000, 1999])
+def test_the_window_kernels_share_a_multiprocessor(frames: int) -> None:
+    """On sm_90 nothing spills, and two CTAs or more run at a time, whatever the length divides by."""
+    found = aot.reports([aot.Shipped("window", "plain", True, each) for each in window_launches(8, frames)], [90])
     check(found)
     assert min(each.ctas for each in found) >= 2
     assert all(each.mma + each.wgmma for each in found)
+
+
+def test_addresses_are_made_in_64_bits() -> None:
+    """Forty heads of a million frames: head times stride passes 2^31."""
+    compiler = aot.Compiler()
+    for launch in window_launches(40, 1_000_000):
+        text = compiler(launch, 90)[0].asm["ttir"]
+        for name in ("q_head", "k_head", "v_head", "q_frame", "k_frame", "v_frame"):
+            assert re.search(rf"arith.extsi %{name} : i32 to i64", text), f"{launch.kernel.__name__}: {name}"
+            assert not re.search(rf"arith.muli [^\n]*%{name}[^\n]*: i32", text), f"{launch.kernel.__name__}: {name}"

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 __all__ = ["Launch", "Op", "divided", "generation", "launch", "power", "precision", "recorded", "registered", "unable"]
@@ -66,7 +66,7 @@ class Op:
     """`run` as an op of torch, `speechattn::NAME`, which compilers and exporters follow by `fake`.
 
     Where nobody compiles it is called directly, as what torch does around an op takes longer than a short step. While
-    launches are recorded it runs on any device.
+    launches are recorded it runs on any device. A gradient that it has no formula for is an error, never nothing.
     """
 
     def __init__(
@@ -75,11 +75,13 @@ class Op:
         self.run, self.function = run, None
         self.op = torch.library.custom_op(f"speechattn::{name}", run, mutates_args=tuple(mutates))
         self.op.register_fake(lambda *args: run(*args) if _records else fake(*args))
+        if not mutates:
+            self.register_autograd(partial(refused, name), setup_context=lambda ctx, inputs, output: None)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """Gradients: `setup_context(ctx, inputs, output)`, and `backward(ctx, *gradients)` of all inputs."""
         self.op.register_autograd(backward, setup_context=setup_context)
-        parts = {"forward": self.run, "setup_context": setup_context, "backward": once_differentiable(backward)}
+        parts = {"forward": self.run, "setup_context": setup_context, "backward": backward}
         self.function = type(self.op._name, (Function,), {name: staticmethod(part) for name, part in parts.items()})
 
     def __call__(self, *args: Any) -> Any:
@@ -90,6 +92,11 @@ class Op:
         if self.function is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return self.function.apply(*args)  # type: ignore[attr-defined]
         return self.run(*args)
+
+
+def refused(name: str, ctx: Any, *grads: Tensor) -> None:
+    """There is no such gradient."""
+    raise RuntimeError(f"speechattn::{name} has no gradient; what is differentiated once cannot be once more")
 
 
 registered = Op  # by its former name

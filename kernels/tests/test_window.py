@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from speechattn_kernels.common import recorded
 from speechattn_kernels.window import naive, window
 from torch import Tensor
 
@@ -119,9 +118,9 @@ CASES = {
     "one frame": Case(frames=1, chunk=1, left=9),
     "nobody": Case(there="none"),
     "one key": Case(there="one"),
-    "sinks": Case(extra=3),
+    "sinks": Case(extra=3, batch=2),
     "sinks alone": Case(extra=2, there="none"),
-    "dropout": Case(dropout=0.3),
+    "dropout": Case(dropout=0.3, batch=2),
     "dropout of sinks": Case(dropout=0.3, extra=2),
     "four share": Case(heads=4, groups=1),
     "two share": Case(heads=4, groups=2),
@@ -131,6 +130,7 @@ CASES = {
     "table": Case(position="table", heads=4),
     "turns": Case(position="turns"),
     "turns, 40": Case(position="turns", dim=40),
+    "one place": Case(position="turns", frames=1, left=0, chunk=1),
     "48 features": Case(dim=48, position="both"),
     "64 features": Case(dim=64, left=64, chunk=16, frames=70),
     "128 features": Case(dim=128),
@@ -210,10 +210,37 @@ def test_the_backend_is_the_reference(span: Span, kind: Any, device: torch.devic
 
 
 def test_neighbours_in_memory_do_not_matter(device: torch.device) -> None:
-    tensors, options = Case(position="rows").tensors(device)
-    spread = {name: x.mT.contiguous().mT for name, x in tensors.items()}
-    assert not spread["k"].is_contiguous()
-    torch.testing.assert_close(window(**spread, **options), window(**tensors, **options), equal_nan=True)
+    """Every input as a part of something larger, its features far from each other."""
+    for position in ("both", "turns"):
+        tensors, options = Case(position=position, extra=2, batch=2).tensors(device)
+
+        def apart(x: Tensor) -> Tensor:
+            wide = x.new_ones([2 * n for n in x.shape])
+            part = wide[tuple(slice(None, None, 2) for _ in x.shape)]
+            return part.copy_(x)
+
+        spread = {name: apart(x) for name, x in tensors.items()}
+        loose = {name: apart(x) if isinstance(x, Tensor) else x for name, x in options.items()}
+        assert not any(x.is_contiguous() for x in spread.values())
+        torch.testing.assert_close(window(**spread, **loose), window(**tensors, **options), equal_nan=True)
+
+
+def test_a_second_derivative_is_refused(device: torch.device) -> None:
+    q, k = (torch.randn(1, 1, 5, 32, device=device, requires_grad=True) for _ in range(2))
+    out, _ = window(q, k, k, torch.ones(1, 5, dtype=torch.bool, device=device), left=2)
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be once more"):
+        torch.autograd.grad(first.square().sum() + q.sum(), q)
+
+
+def test_autocast_and_a_state_of_other_numbers(device: torch.device) -> None:
+    kind = torch.float16
+    q, k = torch.randn(1, 2, 8, 16, device=device, dtype=kind), torch.randn(1, 2, 14, 16, device=device)
+    valid, span = torch.ones(1, 14, dtype=torch.bool, device=device), Span.sliding(4, sinks=2)
+    out = attend(q, k, k, pattern=span, valid=valid, backend="triton")
+    wanted = attend(q.float(), k, k, pattern=span, valid=valid, backend="reference")
+    assert out.dtype == kind
+    torch.testing.assert_close(out.float(), wanted, rtol=5e-3, atol=5e-3)
 
 
 def test_dropout_drops_its_share_and_the_same_again(device: torch.device) -> None:
@@ -261,25 +288,33 @@ def test_it_can_be_exported(device: torch.device) -> None:
     torch.testing.assert_close(program.module()(*given), Layer()(*given))
 
 
-def test_addresses_are_long() -> None:
-    """Beyond 2^31 elements: strides times indices must not be made in 32 bits."""
-    x = torch.empty(1, 1, 90_000, 64, device="meta")
-    with recorded() as launches:
-        window(x, x, x, torch.empty(1, 90_000, dtype=torch.bool, device="meta"), left=64, chunk=16)
-    assert [launch.grid for launch in launches] == [(divided_by_tile(90_000, launches[0].args), 1, 1)]
+REFUSED = [
+    ({"right": 9}, "44 keys for 37 queries, 9 ahead"), ({"dropout": 1.0}, "dropout of 1.0"),
+    ({"chunk": None}, "leaves nothing to its left"), ({"chunk": 0}, "chunk is 0"), ({"dilation": 0}, "dilation is 0"),
+    ({"left": -1}, "left is -1"), ({"turns": torch.ones(2, 8, 16)}, "44 or more places"),
+    ({"turns": torch.ones(2, 44, 16, requires_grad=True)}, "no gradient"), ({"rows": torch.ones(1, 32, 80)}, "rows"),
+    ({"table": torch.ones(3, 80)}, "table"), ({"extra": torch.ones(1, 2, 37, 2)}, "come with"),
+    ({"extra": torch.ones(1, 2, 34, 2), "extra_values": torch.ones(1, 2, 2, 32)}, "extra"),
+    ({"extra": torch.ones(1, 2, 37, 4), "extra_values": torch.ones(1, 2, 1, 32)}, "extra_values"),
+    ({"v": torch.ones(1, 1, 44, 32)}, "values"), ({"k": torch.ones(1, 2, 44, 32).half()}, "float16"),
+]  # fmt: skip
 
 
-def divided_by_tile(frames: int, args: dict[str, Any]) -> int:
-    return -(-frames // args["BLOCK_M"])
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=str)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str, device: torch.device) -> None:
+    tensors, options = Case().tensors(device)
+    change = {name: x.to(device).detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+              for name, x in change.items()}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        window(**{**tensors, **options, **change})
 
 
-def test_what_does_not_fit_is_refused(device: torch.device) -> None:
+def test_what_no_kernel_can_read_is_refused(device: torch.device) -> None:
     tensors, options = Case().tensors(device)
     with pytest.raises(ValueError, match="float64"):
         window(**{name: x.double() for name, x in tensors.items()}, **options)
-    with pytest.raises(ValueError, match="keys, 37 queries, 9 ahead"):
-        window(**tensors, **{**options, "right": 9})
-    with pytest.raises(ValueError, match="dropout beyond"):
-        window(**tensors, **{**options, "dropout": 1.0})
-    with pytest.raises(ValueError, match="queries"):
-        window(**{**tensors, "v": tensors["v"][:, :1]}, **options)
+    with pytest.raises(ValueError, match="up to 256 features"):
+        window(*(torch.ones(1, 1, 3, 257, device=device) for _ in range(3)), options["valid"][:, :3], left=None)
+    with pytest.raises(ValueError, match="share evenly"):
+        window(torch.ones(1, 3, 3, 8, device=device), *2 * [torch.ones(1, 2, 3, 8, device=device)],
+               options["valid"][:, :3], left=None)  # fmt: skip

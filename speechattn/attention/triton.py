@@ -21,8 +21,8 @@ WIDEST = 256  # features of a head
 
 @cache
 def installed() -> bool:
-    """Whether the compiler is there."""
-    return find_spec("triton") is not None
+    """Whether compiler and kernels are there."""
+    return find_spec("triton") is not None and find_spec("speechattn_kernels") is not None
 
 
 class Triton:
@@ -57,6 +57,7 @@ class Triton:
         from speechattn_kernels.window import window
 
         assert isinstance(pattern, Span)
+        k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast a state may have other numbers
         extra = held = None
         if pattern.sinks:
             extra, held = sunk(q, k, v, valid, pattern, position)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from speechattn_kernels.window.tiles import (
+    CHANGING,
     LOG2E,
     closed,
     columns,
@@ -37,7 +38,7 @@ def weights(scores, lse, visible):
     return tl.exp2(tl.where(visible, scores - lse[:, None], float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[name for name in CHANGING if name not in ("B", "S")])
 def window_queries_kernel(
     q, k, v, valid, rows, table, turns, lse, delta, out, d_out, d_lse, d_q,
     q_batch, q_head, q_frame, k_batch, k_head, k_frame, v_batch, v_head, v_frame, o_batch, o_head, o_frame,
@@ -48,7 +49,7 @@ def window_queries_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d q [B, T, H, D] and delta [B, H, T] for the queries m0 .. m0 + M of one head."""
-    m0, h, b = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    m0, h, b = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     g, line = h // (H // G), b * H + h
     q, k, v = q + b * q_batch + h * q_head, k + b * k_batch + g * k_head, v + b * v_batch + g * v_head
     d_out, valid = d_out + b * o_batch + h * o_head, valid + b * N
@@ -122,7 +123,7 @@ def window_queries_kernel(
         tl.store(where + D // 2, db.to(d_q.dtype.element_ty), mask=half)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[name for name in CHANGING if name not in ("B", "S")])
 def window_keys_kernel(
     q, k, v, valid, rows, table, turns, lse, delta, d_out, d_k, d_v,
     q_batch, q_head, q_frame, k_batch, k_head, k_frame, v_batch, v_head, v_frame, o_batch, o_head, o_frame,
@@ -133,7 +134,7 @@ def window_keys_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d k and d v [B, N, G, D] for the keys n0 .. n0 + N of one head, summed over the query heads that share it."""
-    n0, g, b = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n0, g, b = tl.program_id(0) * BLOCK_N, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     k, v, valid = k + b * k_batch + g * k_head, v + b * v_batch + g * v_head, valid + b * N
     j, im, jn = n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     ok = tl.load(valid + j, mask=j < N, other=0) != 0
@@ -144,7 +145,8 @@ def window_keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     begin = watched(n0, first, chunk, right, CHUNKED)
     end = unwatched(tl.minimum(n0 + BLOCK_N, N) - 1, first, left, chunk, T, BOUNDED)
-    for h in range(g * (H // G), (g + 1) * (H // G)):
+    for n in range(0, H // G):
+        h = g * (H // G) + n
         line = b * H + h
         for m0 in range(begin, end, BLOCK_M):
             i = m0 + im
@@ -195,7 +197,7 @@ def window_keys_kernel(
         tl.store(d_k + line + D // 2 + d[None], db.to(d_k.dtype.element_ty), mask=half)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[name for name in CHANGING if name != "S"])
 def window_distance_kernel(
     q, k, v, valid, rows, table, turns, lse, delta, d_out, d_rows, d_table,
     q_batch, q_head, q_frame, k_batch, k_head, k_frame, v_batch, v_head, v_frame, o_batch, o_head, o_frame,
@@ -209,7 +211,7 @@ def window_distance_kernel(
 
     The keys at these distances from a block of queries lie in two blocks, of which each gives one half.
     """
-    r0, h, share = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2)
+    r0, h, share = tl.program_id(0) * BLOCK_N, tl.program_id(1).to(tl.int64), tl.program_id(2)
     g, im, jn = h // (H // G), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     blocks = (T + BLOCK_M - 1) // BLOCK_M
     if table is not None:
@@ -264,7 +266,7 @@ def window_distance_kernel(
         if rows is not None:
             d_r = tl.dot(by_distance.trans(), qa, d_r, input_precision=PRECISION)
     r, d = r0 + jn, tl.arange(0, BLOCK_D)
-    at = (share * H + h).to(tl.int64) * R + r
+    at = (share * H + h) * R + r
     if d_table is not None:
         tl.store(d_table + at, d_t, mask=r < R)
     if rows is not None:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from speechattn_kernels.window.tiles import LOG2E, closed, far_off, keeping, opened, pair, product, rolled, seen, tile
+from speechattn_kernels.window.tiles import (
+    CHANGING,
+    LOG2E,
+    closed,
+    far_off,
+    keeping,
+    opened,
+    pair,
+    product,
+    rolled,
+    seen,
+    tile,
+)
 
 __all__ = ["window_forward_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[name for name in CHANGING if name != "B"])
 def window_forward_kernel(
     q, k, v, valid, extra, extra_values, rows, table, turns, out, lse,
     q_batch, q_head, q_frame, k_batch, k_head, k_frame, v_batch, v_head, v_frame, rows_head, rows_feature,
@@ -21,7 +33,7 @@ def window_forward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, T, D] and lse [B, H, T] for the queries m0 .. m0 + M of one head."""
-    m0, h, b = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    m0, h, b = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     g, line = h // (H // G), b * H + h
     q, k, v = q + b * q_batch + h * q_head, k + b * k_batch + g * k_head, v + b * v_batch + g * v_head
     valid, extra_values = valid + b * N, extra_values + (b * G + g) * S * D if extra is not None else extra_values

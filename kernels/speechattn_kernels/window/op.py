@@ -13,8 +13,9 @@ from speechattn_kernels.window.backward import window_distance_kernel, window_ke
 from speechattn_kernels.window.forward import window_forward_kernel
 from speechattn_kernels.window.naive import kept
 
-__all__ = ["window"]
+__all__ = ["WIDEST", "window"]
 
+WIDEST = 256  # features of a head
 SHARES = 256  # programs that share the distances of a head are about as many as a GPU can run
 
 
@@ -41,48 +42,61 @@ def window(
 
     ValueError for what does not fit together, or cannot run here.
     """
-    (batch, heads, frames, dim), keys = q.shape, k.shape[2]
-    reason = unable(q)
-    if q.device.type != "meta" and reason and not torch.compiler.is_compiling():
-        raise ValueError(f"window attention: {reason}")
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]:
-        raise ValueError(f"window attention: queries {list(q.shape)}, keys {list(k.shape)}, values {list(v.shape)}")
-    if valid.shape != (batch, keys) or keys < frames + right:
-        raise ValueError(f"window attention: {list(valid.shape)} for {keys} keys, {frames} queries, {right} ahead")
-    if (rows is not None and turns is not None) or (extra is None) != (extra_values is None) or not 0 <= dropout < 1:
-        raise ValueError("window attention: rows with turns, or extra keys without values, or a dropout beyond [0, 1)")
-    args = (
-        q,
-        k,
-        v,
-        valid,
-        extra,
-        extra_values,
-        rows,
-        table,
-        turns,
-        left,
-        chunk,
-        right,
-        dilation,
-        origin,
-        dropout,
-        seed,
+    check(q, k, v, valid, extra, extra_values, rows, table, turns)
+    for name, value, least in (("chunk", chunk, 1), ("left", left, 0), ("right", right, 0), ("dilation", dilation, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"window attention: {name} is {value}, at least {least} is needed")
+    if k.shape[2] < q.shape[2] + right or (chunk is None and (left is not None or right)):
+        raise ValueError(f"window attention: {k.shape[2]} keys for {q.shape[2]} queries, {right} ahead; a chunk that "
+                         "is everything leaves nothing to its left or right")  # fmt: skip
+    if not 0 <= dropout < 1:
+        raise ValueError(f"window attention: a dropout of {dropout}, wanted one in [0, 1)")
+    found: tuple[Tensor, Tensor] = forward(
+        q, k, v, valid, extra, extra_values, rows, table, turns, left, chunk, right, dilation, origin, dropout, seed
     )
-    compiled = torch.is_grad_enabled() or torch.compiler.is_compiling() or q.device.type == "meta"
-    found: tuple[Tensor, Tensor] = (forward if compiled else attended)(*args)  # a step is short: torch's way costs more
     return found
 
 
-# Queries and keys of a tile, warps and stages, as they were fastest on an H100 for heads of 64 features in bfloat16.
+def check(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, extra: Tensor | None, extra_values: Tensor | None,
+    rows: Tensor | None, table: Tensor | None, turns: Tensor | None,
+) -> None:  # fmt: skip
+    """ValueError for tensors that do not fit together, or that no kernel can read."""
+    (batch, heads, frames, dim), groups, keys = q.shape, k.shape[1], k.shape[2]
+    if q.device.type != "meta" and not torch.compiler.is_compiling() and (reason := unable(q)):
+        raise ValueError(f"window attention: {reason}")
+    size = 0 if extra is None else extra.shape[-1]
+    known = next((x.shape[-1] for x in (rows, table) if x is not None), 0)
+    wanted: list[tuple[str, Tensor | None, list[int]]] = [
+        ("keys", k, [batch, groups, keys, dim]), ("values", v, [batch, groups, keys, dim]),
+        ("valid", valid, [batch, keys]), ("extra", extra, [batch, heads, frames, size]),
+        ("extra_values", extra_values, [batch, groups, size, dim]), ("rows", rows, [heads, dim, known]),
+        ("table", table, [heads, known]),
+    ]  # fmt: skip
+    for name, x, shape in wanted:
+        if x is not None and list(x.shape) != shape:
+            raise ValueError(f"window attention: {name} {list(x.shape)}, wanted {shape} for queries {list(q.shape)}")
+    if groups == 0 or heads % groups or dim > WIDEST or max(batch, heads) > 65535:
+        raise ValueError(f"window attention: {batch} rows, {heads} heads over {groups}, {dim} features: wanted heads "
+                         f"that share evenly, at most 65535 of both, and up to {WIDEST} features")  # fmt: skip
+    if any(x.dtype != q.dtype for x in (k, v, extra_values) if x is not None):
+        raise ValueError(f"window attention: queries of {q.dtype}, keys of {k.dtype}, values of {v.dtype}")
+    if (extra is None) != (extra_values is None) or (rows is not None and turns is not None):
+        raise ValueError("window attention: extra scores come with extra_values, and rows without turns")
+    if turns is not None and (dim % 2 or turns.shape[1] < keys or list(turns.shape[::2]) != [2, dim // 2]):
+        raise ValueError(f"window attention: turns {list(turns.shape)}, wanted 2, {keys} or more places, {dim // 2}")
+    if turns is not None and turns.requires_grad:
+        raise ValueError("window attention: turns have no gradient")
+
+
+# Queries and keys of a tile, warps and stages: the fastest on an H100 for heads of 64 features in bfloat16, of those
+# that spill no registers.
 HOPPER = {
-    "forward": {None: (64, 64, 4, 3), "rows": (64, 64, 4, 2), "table": (64, 32, 4, 2), "turns": (64, 64, 4, 2)},
-    "queries": {None: (64, 64, 4, 2), "rows": (32, 32, 4, 2), "table": (64, 32, 4, 2), "turns": (64, 32, 4, 2)},
-    "keys": {None: (64, 64, 4, 2), "rows": (16, 64, 4, 2), "table": (64, 64, 4, 1), "turns": (64, 64, 4, 1)},
+    "forward": {None: (64, 32, 4, 2), "rows": (32, 32, 4, 2), "table": (64, 32, 4, 2), "turns": (64, 32, 4, 2)},
+    "queries": {None: (64, 32, 4, 2), "rows": (32, 32, 4, 2), "table": (64, 32, 4, 2), "turns": (64, 32, 4, 2)},
+    "keys": {None: (64, 64, 4, 1), "rows": (16, 64, 4, 2), "table": (32, 64, 4, 1), "turns": (16, 64, 4, 2)},
     "distance": {"rows": (32, 32, 4, 2), "table": (64, 64, 4, 2)},
 }  # fmt: skip
-
-
 # For Ampere, whose products need more registers: what does not spill.
 AMPERE = {
     "forward": {None: (64, 64, 4, 2), "rows": (32, 64, 4, 2), "table": (64, 32, 4, 2), "turns": (64, 32, 4, 2)},
@@ -96,8 +110,10 @@ def tiles(kernel: str, args: dict[str, Any]) -> tuple[dict[str, int], dict[str, 
     """Sizes of the tiles of a kernel with such arguments, then warps and stages."""
     position = next((name for name in ("rows", "table", "turns") if args[name] is not None), None)
     bytes_of_row = args["D"] * args["q"].element_size()
-    queries, keys, warps, stages = (HOPPER if generation(args["q"]) > 8 else AMPERE)[kernel][position]
-    if bytes_of_row > 128:
+    queries, keys, warps, stages = (HOPPER if generation(args["q"]) in (9, 10) else AMPERE)[kernel][position]
+    if bytes_of_row > 512:
+        queries, keys, stages = 16, 16, 1
+    elif bytes_of_row > 128:
         queries, keys, stages = min(queries, 32), 32, 2 if bytes_of_row <= 256 and kernel != "keys" else 1
     return {"BLOCK_M": queries, "BLOCK_N": keys}, {"warps": warps, "stages": stages}
 
@@ -126,7 +142,8 @@ def shared(
     known = rows if rows is not None else table
     return {
         "q": q, "k": k, "v": v, "valid": valid, "rows": rows,
-        "table": None if table is None else table.contiguous(), "turns": None if turns is None else turns.contiguous(),
+        "table": None if table is None else table.float().contiguous(),
+        "turns": None if turns is None else turns.contiguous(),
         **strides(q=q, k=k, v=v),
         "rows_head": 0 if rows is None else rows.stride(0), "rows_feature": 0 if rows is None else rows.stride(1),
         "H": heads, "G": groups, "T": frames, "N": keys, "R": 0 if known is None else known.shape[-1],
@@ -253,7 +270,7 @@ def aside(
     """Gradients of the extra scores [B, H, T, S] and values [B, G, S, D], which are few."""
     (batch, heads, frames, size), groups = extra.shape, values.shape[1]
     p = (extra.float() - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    split = d_out.float().view(batch, groups, heads // groups, frames, -1)
+    split = d_out.float().reshape(batch, groups, heads // groups, frames, values.shape[3])
     grads = (split @ values.float().mT[:, :, None]).view(p.shape)
     used = p
     if dropout:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["LOG2E", "closed", "columns", "far_off", "keeping", "opened", "pair", "product", "rolled", "seen", "tile",
-           "turned", "unrolled", "unwatched", "watched"]  # fmt: skip
+__all__ = ["CHANGING", "LOG2E", "closed", "columns", "far_off", "keeping", "opened", "pair", "product", "rolled",
+           "seen", "tile", "turned", "unrolled", "unwatched", "watched"]  # fmt: skip
 
+# Lengths and spans change from call to call: one kernel for all, whatever they divide by.
+CHANGING = ["B", "T", "N", "S", "R", "P", "first", "origin", "left", "chunk", "right", "dilation", "seed"]
 LOG2E = tl.constexpr(1.4426950408889634)  # scores are logarithms to the base 2 inside the kernels
 
 
@@ -75,7 +77,7 @@ def turned(x, y, turns, place, there, places, way, D: tl.constexpr, BLOCK: tl.co
     mask = there[:, None] & (d < D)[None]
     where = turns + place.to(tl.int64)[:, None] * D + d[None]
     cos = tl.load(where, mask=mask, other=1.0)
-    sin = way * tl.load(where + places.to(tl.int64) * D, mask=mask, other=0.0)
+    sin = way * tl.load(turns + (place.to(tl.int64) + places)[:, None] * D + d[None], mask=mask, other=0.0)
     a, b = x.to(tl.float32), y.to(tl.float32)
     return (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(y.dtype)
 
