@@ -269,8 +269,8 @@ def test_the_window_kernels_share_a_multiprocessor(frames: int) -> None:
 def test_addresses_are_made_in_64_bits() -> None:
     """Forty heads of a million frames: head times stride passes 2^31."""
     compiler = aot.Compiler()
-    for launch in window_launches(40, 1_000_000):
-        text = compiler(launch, 90)[0].asm["ttir"]
+    for one in window_launches(40, 1_000_000):
+        text = compiler(one, 90)[0].asm["ttir"]
         for name in ("q_head", "k_head", "v_head", "q_frame", "k_frame", "v_frame"):
-            assert re.search(rf"arith.extsi %{name} : i32 to i64", text), f"{launch.kernel.__name__}: {name}"
-            assert not re.search(rf"arith.muli [^\n]*%{name}[^\n]*: i32", text), f"{launch.kernel.__name__}: {name}"
+            assert re.search(rf"arith.extsi %{name} : i32 to i64", text), f"{one.kernel.__name__}: {name}"
+            assert not re.search(rf"arith.muli [^\n]*%{name}[^\n]*: i32", text), f"{one.kernel.__name__}: {name}"
