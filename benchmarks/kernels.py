@@ -42,31 +42,26 @@ class Counter:
         self.flops: dict[str, float] = defaultdict(float)
         self.bytes: dict[str, float] = defaultdict(float)
         self.tiles: dict[str, tuple[int, int]] = {}
-        # of each program, the first rows of the tiles that it loads of a tensor
-        self.rows: dict[tuple[str, str], dict[tuple[int, ...], set[int]]] = defaultdict(lambda: defaultdict(set))
+        # of each program, how often it loads a tile of a tensor
+        self.loads: dict[tuple[str, str], dict[tuple[int, ...], int]] = defaultdict(lambda: defaultdict(int))
         self.kernel, self.args = "", dict[str, Any]()
 
-    def most(self, kernel: str, tensor: str) -> int:
-        """Tiles of the tensor that a program loads at most."""
-        return max(map(len, self.rows[kernel, tensor].values()))
+    def most(self, kernel: str, *tensors: str) -> int:
+        """Tiles of one of the tensors that a program loads at most; a tile that is loaded twice counts twice."""
+        return max(max(self.loads[kernel, tensor].values()) for tensor in tensors)
 
     def moved(self, mask: Any, size: int) -> None:
         """Bytes in memory, of what is not masked."""
         self.bytes[self.kernel] += float(mask.sum()) * size
 
     def loaded(self, where: Any, program: tuple[int, ...]) -> None:
-        """Whose memory this is, and from which row on."""
+        """Whose memory this is."""
         first = int(where.reshape(-1)[0])
-        for name in ("q", "k"):
-            x: Tensor = self.args[name]
-            batch, head = self.args[f"{name}_batch"], self.args[f"{name}_head"]
-            row = (first - x.data_ptr()) // x.element_size()
-            if 0 <= row < x.numel():
-                assert batch == 0 or len(x) == 1
-                self.rows[self.kernel, name][program].add(row % head // self.args[f"{name}_frame"])
-        held: Tensor | None = self.args.get("extra_values")
-        if held is not None and 0 <= first - held.data_ptr() < held.nbytes:
-            self.rows[self.kernel, "sinks"][program].add(first - held.data_ptr())
+        for name in ("q", "k", "v", "d_out", "extra_values"):
+            x: Tensor | None = self.args.get(name)
+            if x is not None and 0 <= first - x.data_ptr() < x.nbytes:
+                assert x.is_contiguous()
+                self.loads[self.kernel, name][program] += 1
 
 
 @contextmanager
@@ -131,15 +126,15 @@ def visits(frames: int) -> Iterator[tuple[str, int, int]]:
     for left, chunk, right, dim in BANDS:
         counter = work(frames, left, chunk, right, dim)
         for kernel, (m, n) in counter.tiles.items():
-            walked, own, step = ("q", n, m) if "keys" in kernel else ("k", m, n)
+            walked, own, step = (("q", "d_out"), n, m) if "keys" in kernel else (("k", "v"), m, n)
             bound = -(-(left + right + own + 2 * (chunk - 1)) // step) + 1
-            yield f"{kernel}, left {left} chunk {chunk} right {right}", counter.most(kernel, walked), bound
+            yield f"{kernel}, left {left} chunk {chunk} right {right}", counter.most(kernel, *walked), bound
     left, chunk, right, dim = BANDS[0]
     counter, kernel = work(frames, left, chunk, right, dim, sinks=4), "window_forward_kernel"
     m, n = counter.tiles[kernel]
     bound = -(-(left + right + m + 2 * (chunk - 1)) // n) + 1
-    yield f"{kernel}, the same with 4 sinks", counter.most(kernel, "k"), bound
-    yield f"{kernel}, blocks of sinks", counter.most(kernel, "sinks"), 1
+    yield f"{kernel}, the same with 4 sinks", counter.most(kernel, "k", "v"), bound
+    yield f"{kernel}, blocks of sinks", counter.most(kernel, "extra_values"), 1
 
 
 def growth() -> Iterator[tuple[str, float, float]]:
@@ -154,14 +149,16 @@ def growth() -> Iterator[tuple[str, float, float]]:
         )
 
 
-def memory(frames: int, left: int, *, rows: bool = False, heads: int = 4) -> float:
-    """Bytes that the backward pass has at most, gradients too, beyond what the forward pass left."""
+def memory(
+    frames: int, left: int | None, *, rows: bool = False, heads: int = 4, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """Bytes that the backward pass has at most, beyond what the forward pass left, and those of the gradients in it."""
     from speechattn_kernels.common import recorded
     from speechattn_kernels.window import window
 
-    table = torch.randn(heads, 64, left + 31, requires_grad=True) if rows else None
+    table = torch.randn(heads, 64, (left or 0) + 31, dtype=dtype, requires_grad=True) if rows else None
     with recorded():
-        q, k, v, valid = inputs(frames, frames, 64, heads)
+        q, k, v, valid = inputs(frames, frames, 64, heads, dtype=dtype)
         out = window(q, k, v, valid, left=left, chunk=16, rows=table, origin=-15)[0]
         given = torch.ones_like(out)
         wanted = [x for x in (q, k, v, table) if x is not None]
@@ -172,8 +169,15 @@ def memory(frames: int, left: int, *, rows: bool = False, heads: int = 4) -> flo
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         most = max(most, live)
-    assert most >= sum(x.nbytes for x in found), "the profiler has missed an allocation"
-    return float(most)
+    gradients = sum(x.nbytes for x in found)
+    assert most >= gradients, "the profiler has missed an allocation"
+    return float(most), float(gradients)
+
+
+def beyond(left: int | None, frames: int = 8000, heads: int = 4) -> float:
+    """Bytes of each frame and head that backward has besides the gradients; float16, so that wider copies are seen."""
+    most, gradients = memory(frames, left, heads=heads, dtype=torch.float16)
+    return (most - gradients) / frames / heads
 
 
 def interpreted(quick: bool) -> dict[str, Any]:
@@ -181,8 +185,9 @@ def interpreted(quick: bool) -> dict[str, Any]:
     return {
         "visits": list(visits(QUICK[0])),
         "growth": [] if quick else list(growth()),
-        "memory": {f"{frames} {left}": memory(frames, left) for frames in (4000, 8000) for left in (64, 256, 1024)},
-        "rows": {f"{n} {left}": memory(n, left, rows=True) for n in (4000, 8000) for left in (64, 1024)},
+        "memory": {f"{frames} {left}": memory(frames, left)[0] for frames in (4000, 8000) for left in (64, 256, 1024)},
+        "rows": {f"{n} {left}": memory(n, left, rows=True)[0] for n in (4000, 8000) for left in (64, 1024)},
+        "beyond": {str(left): beyond(left) for left in (64, 1024, None)},
     }
 
 
@@ -196,15 +201,15 @@ def asked(quick: bool) -> dict[str, Any]:
     return found
 
 
-def compiled() -> list[Any]:
-    """Forward and backward of D = 64, chunk 16, left 64 in bfloat16 for sm_90, plain."""
+def compiled(frames: int) -> list[Any]:
+    """Forward and backward of so many frames, D = 64, chunk 16, left 64 in bfloat16 for sm_90, plain."""
     sys.path.insert(0, str(KERNELS))
     import aot
     from speechattn_kernels.common import recorded
     from speechattn_kernels.window import window
 
     with recorded() as launches:
-        q, k, v, valid = inputs(2000, 2000, 64, 8, dtype=torch.bfloat16, device="meta")
+        q, k, v, valid = inputs(frames, frames, 64, 8, dtype=torch.bfloat16, device="meta")
         window(q, k, v, valid, left=64, chunk=16)[0].sum().backward()
     return aot.reports([aot.Shipped("window", "D=64 chunk 16 left 64 bf16", True, one) for one in launches], [90])
 
@@ -241,6 +246,9 @@ def reported(report: Report, found: dict[str, Any]) -> None:
     report.row(
         "backward memory, bytes a frame and head", used["8000 64"] / 8000 / 4, "B", "float32, D = 64, with gradients"
     )
+    for left, more in found["beyond"].items():
+        report.row(f"backward memory beyond gradients, left {left}", more, "B", "a frame and head, float16, D = 64",
+                   "<= 16", lambda x: x <= 16)  # fmt: skip
     wider = [found["rows"][f"{n} 1024"] - found["rows"][f"{n} 64"] for n in (4000, 8000)]
     note = f"{wider[1] / 1e6:.1f} MB, of the tables alone; T x W would be 2"
     name = "rows: what left 1024 adds, T 8000 / T 4000"
@@ -259,10 +267,11 @@ def main() -> None:
         return
     report = Report()
     reported(report, asked(options.quick))
-    for one in compiled():
-        note = f"{one.registers} registers, {one.shared} bytes shared, sm_90"
-        report.row(f"{one.of.kernel}, spills", one.spills, "B", note, "0", lambda x: x == 0)
-        report.row(f"{one.of.kernel}, CTAs of a multiprocessor", one.ctas, "", note, ">= 2", lambda x: x >= 2)
+    for frames in (2000, 1999):  # a multiple of 16, and none
+        for one in compiled(frames):
+            note = f"T = {frames}, {one.registers} registers, {one.shared} bytes shared, sm_90"
+            report.row(f"{one.of.kernel}, spills", one.spills, "B", note, "0", lambda x: x == 0)
+            report.row(f"{one.of.kernel}, CTAs of a multiprocessor", one.ctas, "", note, ">= 2", lambda x: x >= 2)
     times(report, options.quick)
     report.print()
 

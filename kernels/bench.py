@@ -129,7 +129,7 @@ def measured(
                 figure = judged(base, run, x.cost("forward"), most, apart(out, wanted))
             yield figure
             base, y = replace(base, turn="backward"), run()
-            back = partial(torch.autograd.grad, y, (x.q, x.k, x.v), torch.ones_like(y), retain_graph=True)
+            back = partial(torch.autograd.grad, y, x.wanted, torch.ones_like(y), retain_graph=True)
             yield judged(base, back, x.cost("backward"), most)
         except Exception as error:  # a peer that fails is a line of the report
             yield refused(base, error)

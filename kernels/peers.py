@@ -66,8 +66,13 @@ class Inputs:
     @classmethod
     def make(cls, case: Case, frames: int, rows: int, dtype: torch.dtype, device: torch.device) -> Inputs:
         q, k, v = (torch.randn(rows, HEADS, frames, DIM, device=device, dtype=dtype) for _ in range(3))
-        position = Relative(HEADS * DIM, HEADS).to(device, dtype).requires_grad_(False) if case.rows else None
+        position = Relative(HEADS * DIM, HEADS).to(device, dtype) if case.rows else None
         return cls(case, *(x.requires_grad_() for x in (q, k, v)), position)
+
+    @property
+    def wanted(self) -> tuple[Tensor, ...]:
+        """What gradients are asked for: q, k, v, and what the position has learned."""
+        return self.q, self.k, self.v, *(() if self.position is None else self.position.parameters())
 
     @property
     def visible(self) -> int:
@@ -81,7 +86,11 @@ class Inputs:
         return int(((own + span.chunk + span.right).clamp(max=frames) - begin).sum())
 
     def cost(self, turn: str) -> Cost:
-        """Operations, and bytes that must move: two products and q, k, v, out; backward five, and gradients too."""
+        """Operations, and bytes that must move: two products and q, k, v, out; backward five, and gradients too.
+
+        Backward makes the scores once more, then the gradients of weights, q, k and v. Rows add a product to the
+        scores, both times, and backward those for q and for themselves; to make the table of rows is not counted.
+        """
         pairs = self.visible * len(self.q) * HEADS
         products, tensors = (2, 4) if turn == "forward" else (5, 8)
         if self.case.rows:
@@ -121,14 +130,18 @@ def ours(x: Inputs) -> Callable[[], Tensor]:
     assert span.chunk is not None
     least = 1 - span.chunk - span.right
     distances, places = range(least, span.left + span.chunk), range(k.shape[2])
-    terms = x.position.terms(distances, places, x.q)
-    assert terms is not None
-    assert terms.shift is not None
-    shift = terms.shift[:, None].to(x.q.dtype)
-    return lambda: window(
-        x.q + shift, k, v, valid, left=span.left, chunk=span.chunk, right=span.right, rows=terms.rows,
-        table=terms.table, origin=least,
-    )[0]  # fmt: skip
+    made = x.position.terms
+
+    def run() -> Tensor:
+        terms = made(distances, places, x.q)  # in each call, as the other backends make theirs
+        assert terms is not None
+        assert terms.shift is not None
+        return window(
+            x.q + terms.shift[:, None].to(x.q.dtype), k, v, valid, left=span.left, chunk=span.chunk, right=span.right,
+            rows=terms.rows, table=terms.table, origin=least,
+        )[0]  # fmt: skip
+
+    return run
 
 
 def windowed(x: Inputs) -> Callable[[], Tensor]:

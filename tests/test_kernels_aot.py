@@ -190,7 +190,7 @@ def test_the_command_prints_one_table_and_refuses(
     toys = {"good": product(16), "hoard": hoard(8192)}
     monkeypatch.setattr(aot, "ops", lambda: (*toys, "nothing"))
     monkeypatch.setattr(
-        aot, "shipped", lambda op: iter([aot.Shipped(op, op, op == "good", toys[op])] if op in toys else [])
+        aot, "shipped", lambda op, target: iter([aot.Shipped(op, op, op == "good", toys[op])] if op in toys else [])
     )
     assert aot.main(["--target", "sm_90"]) == 0
     out = capsys.readouterr().out
@@ -205,7 +205,7 @@ def test_the_command_prints_one_table_and_refuses(
     out = capsys.readouterr().out
     assert "good" in out
     assert "hoard" not in out
-    monkeypatch.setattr(aot, "shipped", lambda op: iter([aot.Shipped(op, op, True, toys["hoard"])]))
+    monkeypatch.setattr(aot, "shipped", lambda op, target: iter([aot.Shipped(op, op, True, toys["hoard"])]))
     assert aot.main(["--op", "hoard"]) == 1
     assert capsys.readouterr().err.count("refused: toy_hoard_kernel, hoard, sm_") == 2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from speechattn.analysis.weights import self_weights
 from speechattn.attention import Alibi, Bucketed, Relative, Rotary, SelfAttention, Span
 from speechattn.attention.attend import BACKENDS
 from speechattn.attention.ring import Ring
-from speechattn.attention.self_attention import AttentionState, set_backend, unable
+from speechattn.attention.self_attention import AttentionState, set_backend, set_span, unable
 from speechattn.attention.sparse import SparseSelfAttention
 from speechattn.attention.triton import Triton
 from speechattn.encoder import Conformer
@@ -124,8 +126,11 @@ def test_steps_of_any_length(calls: list[int]) -> None:
         assert calls == [2, 10, 2, 64, 4, 22]
         torch.testing.assert_close(y.values, wanted.values)
         (_, a), (_, b) = (layer.step(x[:n], layer.init_state(x[:0])) for n in (2, 10))
-        assert a.past.room < b.past.room
-        (_, a), (_, b) = layer.step(x[2:10], a), layer.step(x[:0], b)
+        assert a.past.room == 2
+        assert b.past.room == 10
+        (_, a), (_, b) = layer.step(x[2:4], a), layer.step(x[:0], b)
+        assert tree.concat([a, b]).past.room == tree.concat([b, a]).past.room == 10
+        _, a = layer.step(x[4:10], a)
         both, keep = tree.concat([a, b]), torch.tensor([True, False])
         apart = tree.split(both)
         for state in (tree.where(keep, a, b), tree.select(both, [0, 3]), tree.concat([apart[0], apart[3]])):
@@ -152,6 +157,119 @@ def test_a_state_that_was_stepped_from_is_whole_until_it_is_overwritten() -> Non
             layer.step(x[12:13], state)
         with pytest.raises(RuntimeError, match="clone"):
             layer.step(x[12:32], state)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "select": lambda s: tree.select(s, [0, 1]),
+    "clone": tree.clone,
+    "where": lambda s: tree.where(torch.tensor([True, True]), s, tree.clone(s)),
+    "where not": lambda s: tree.where(torch.tensor([False, False]), tree.clone(s), s),
+    "concat": lambda s: tree.concat([s]),
+    "split": lambda s: tree.concat(tree.split(s)),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda s: pickle.loads(pickle.dumps(s)),
+    "with a buffer": lambda s: tree.where(torch.tensor([True, True]), s, AttentionState(
+        s.waiting, Buffer(torch.zeros(2, 4, 2, 2, D // 2), torch.zeros(2, 4, dtype=torch.bool)), s.sinks
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_no_copy_of_a_state_that_was_overwritten(name: str) -> None:
+    """Copies have counters of their own, so who makes one asks first."""
+    layer, x = SelfAttention(D, 2, Span.sliding(4), backend="triton").eval(), random_frames([40, 40], D)
+    with torch.no_grad():
+        wanted = layer(x).values
+        _, state = layer.step(x[:12], layer.init_state(x[:0]))
+        room, after = state.past.room, state
+        for at in range(12, 12 + room):
+            _, after = layer.step(x[at : at + 1], after)
+        y, _ = layer.step(x[12:13], COPIES[name](state))
+        torch.testing.assert_close(y.values, wanted[:, 12:13])
+        layer.step(x[24:25], after)
+        for use in (COPIES[name], lambda s: s.past.buffer(), lambda s: s.past.truncate(2)):
+            with pytest.raises(RuntimeError, match="took its place"):
+                use(state)
+
+
+@pytest.mark.parametrize("room", [3, 4])
+def test_each_frame_of_the_room_counts(room: int) -> None:
+    """Steps of two frames: they end where the room ends, or one frame behind it."""
+    layer, x = layer_of("sliding"), random_frames([40, 40], D)
+    with torch.no_grad():
+        wanted = layer(x).values
+        _, state = layer.step(x[:8], layer.init_state(x[:0]))
+        _, state = layer.step(x[8 : 8 + room], roomy(state, room))
+        after, at = state, 8 + room
+        for n in (0, 2):
+            assert state.past.stale() == n
+            torch.testing.assert_close(layer.step(x[at : at + 2], tree.clone(state))[0].values, wanted[:, at : at + 2])
+            y, after = layer.step(x[at + n : at + n + 2], after)
+            torch.testing.assert_close(y.values, wanted[:, at + n : at + n + 2])
+        if room == 4:
+            z, _ = layer.step(x[at : at + 2], state)
+            torch.testing.assert_close(z.values, wanted[:, at : at + 2])
+        else:
+            with pytest.raises(RuntimeError, match="took its place"):
+                layer.step(x[at : at + 2], state)
+
+
+def roomy(state: Any, room: int) -> AttentionState:
+    """The same with so much room."""
+    return AttentionState(state.waiting, Ring.of(state.past.buffer(), room), state.sinks)
+
+
+def test_what_is_opened_is_fresh() -> None:
+    layer, x = layer_of("sliding"), random_frames([20, 15], D)
+    with torch.no_grad():
+        _, state = layer.step(x[:9], layer.init_state(x[:0]))
+        _, after = layer.step(x[9:10], state)
+        assert state.past.stale() == 1
+        assert after.past.open(1, torch.float64) is after.past
+        for opened in (
+            state.past.open(1, torch.float64),
+            state.past.open(1, torch.float32),
+            state.past.open(99, torch.float64),
+        ):
+            assert opened.stale() == 0
+            assert opened.values.data_ptr() != state.past.values.data_ptr()
+
+
+def test_compiled_steps_leave_their_state_alone(calls: list[int]) -> None:
+    layer, x = layer_of("sliding"), random_frames([40, 40], D)
+    other = Frames(x.values.flip(0), x.mask)
+    step = torch.compile(layer.step, backend="eager")
+    with torch.no_grad():
+        wanted = layer(x).values
+        _, state = layer.step(x[:12], layer.init_state(x[:0]))
+        _, state = layer.step(x[12:13], state)
+        calls.clear()
+        y, after = step(x[13:14], state)
+        _, beside = step(other[13:14], state)
+        assert calls == [1, 1]
+        torch.testing.assert_close(y.values, wanted[:, 13:14])
+        assert state.past.stale() == after.past.stale() == beside.past.stale() == 0
+        for at in range(14, 24):
+            y, after = (step if at % 2 else layer.step)(x[at : at + 1], after)
+            torch.testing.assert_close(y.values, wanted[:, at : at + 1])
+        torch.testing.assert_close(layer.step(x[13:14], state)[0].values, wanted[:, 13:14])
+
+
+@pytest.mark.parametrize("span", [Span.sliding(5, sinks=2), Span(None, 1)])
+def test_a_ring_does_not_outlive_its_span(span: Span, calls: list[int]) -> None:
+    """What a ring has not (sinks, all of the past) is asked of a buffer, as if there had never been a ring."""
+    layer, x = layer_of("sliding"), random_frames([20, 15], D)
+    with torch.no_grad():
+        _, ring = layer.step(x[:4], layer.init_state(x[:0]))
+        buffer = AttentionState(ring.waiting, ring.past.buffer(), ring.sinks)
+        set_span(layer, span)
+        calls.clear()
+        for at in range(4, 15):
+            (y, ring), (wanted, buffer) = layer.step(x[at : at + 1], ring), layer.step(x[at : at + 1], buffer)
+            torch.testing.assert_close(y.values, wanted.values)
+            assert isinstance(ring.past, Buffer)
+            torch.testing.assert_close(ring.past.values, buffer.past.values)
+    assert not calls
 
 
 def test_gradients_and_other_backends_take_buffers(calls: list[int]) -> None:
@@ -208,6 +326,12 @@ def test_types_and_modes_may_change() -> None:
         y, state = layer.step(x[:7], low)
         torch.testing.assert_close(y.values, wanted[:, :7])
         assert state.past.values.dtype == torch.float64
+        low = layer.init_state(Frames(x.values[:, :0].float(), x.mask[:, :0]))
+        assert low.past.room == 1
+        for at in range(8):  # as many as there is room for
+            y, low = layer.step(x[at : at + 1], low)
+            torch.testing.assert_close(y.values, wanted[:, at : at + 1])
+            assert low.past.values.dtype == torch.float64
 
 
 def test_weights_are_seen_through_it() -> None:
@@ -235,6 +359,28 @@ def test_a_backend_is_set_for_all_layers() -> None:
         set_backend(nn.Linear(2, 2), "window")
     assert unable(encoder, "auto") is None
     assert "not bounded" in str(unable(SelfAttention(D, 2, Span.causal()), "window"))
+
+
+class Packed(nn.Module):
+    """Weights that are no floating-point tensor: a method, as of torch's quantised layers, or integers."""
+
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+@pytest.mark.parametrize("weight", [lambda: torch.zeros(1), torch.zeros(4, dtype=torch.int8), None])
+def test_quantised_layers_are_asked_too(weight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[torch.dtype]()
+    monkeypatch.setattr(Triton, "supports", lambda _, q, *rest: seen.append(q.dtype))
+    layer = SelfAttention(D, 2, Span.sliding(4)).bfloat16()
+    assert unable(layer, "triton") is None
+    layer.qkv = Packed(weight)  # type: ignore[assignment]
+    assert unable(layer, "triton") is None
+    assert seen == [torch.bfloat16] * 2
+    layer.out = Packed(weight)  # type: ignore[assignment]
+    assert unable(layer, "triton") is None
+    assert seen[2] == torch.get_default_dtype()
 
 
 def test_a_session_asks_for_a_backend() -> None:

@@ -21,7 +21,11 @@ class Ring:
 
     `values` [B, Cap, 2, G, D] are slots, of which each row uses N: the oldest frame is in slot `at` [B], the others
     behind it, around the end. `mask` [B, N] says which frames are there, the oldest first. The rest of Cap is room for
-    what is new, so a step writes no slot that holds history: a state is whole until a second step is made behind it.
+    what is new, so a step writes no slot that holds history: a state is whole until steps behind it fill the room.
+
+    Frames that are written in place are counted beside the memory, so a state that was overrun is noticed where it is
+    used or copied, by `tree`, `copy.deepcopy` or pickle (`stale`); copies of its single tensors know nothing of it.
+    Compiled steps cannot count: they write to a copy, which counts as fresh, and take any state as whole.
     """
 
     values: Tensor
@@ -41,6 +45,19 @@ class Ring:
         """New frames that fit in."""
         return self.values.shape[1] - self.mask.shape[1]
 
+    def stale(self) -> int:
+        """Frames that steps behind this state have written; RuntimeError where they took the place of history."""
+        if torch.compiler.is_compiling():
+            return 0
+        frames = written(self.values) - written(self.at)
+        if frames > self.room:
+            raise RuntimeError("steps were made behind this state, which took its place; to fork a stream, clone it")
+        return frames
+
+    def __reduce__(self) -> tuple[type[Ring], tuple[Tensor, ...]]:
+        self.stale()
+        return Ring, (self.values, self.mask, self.at)
+
     @property
     def length(self) -> Tensor:
         """Frames of each row [B]."""
@@ -48,6 +65,7 @@ class Ring:
 
     def buffer(self) -> Buffer:
         """The same frames, each row in order."""
+        self.stale()
         slots = (self.at[:, None] + torch.arange(self.mask.shape[1], device=self.at.device)) % self.values.shape[1]
         return Buffer(self.values[torch.arange(len(slots), device=slots.device)[:, None], slots], self.mask)
 
@@ -62,19 +80,17 @@ class Ring:
     def open(self, frames: int, dtype: torch.dtype) -> Ring:
         """A ring of this type that `frames` can be written to, by nobody else: itself, where that is possible.
 
-        Who makes a second step behind one state gets a copy. RuntimeError where later steps took the place of history.
+        Who makes a second step behind one state gets a copy, and so does who compiles. RuntimeError as `stale`.
         """
-        values, stale = self.values, 0
-        if not torch.compiler.is_compiling():
-            stale = written(values) - written(self.at)
-        if stale > self.room:
-            raise RuntimeError("steps were made behind this state, which took its place; to fork a stream, clone it")
+        values, stale = self.values, self.stale()
         if frames > self.room:
             buffer = self.buffer()
             return Ring.of(Buffer(buffer.values.to(dtype), buffer.mask), frames)
         if values.dtype != dtype:
             values = values.to(dtype)
-        elif stale or (values.is_inference() and not torch.is_inference_mode_enabled()):
+        elif (
+            torch.compiler.is_compiling() or stale or (values.is_inference() and not torch.is_inference_mode_enabled())
+        ):
             values = values.clone()
         return self if values is self.values else Ring(values, self.mask, self.at.clone())
 
@@ -88,7 +104,9 @@ class Ring:
 
     @staticmethod
     def align(rings: Sequence[Ring]) -> list[Ring]:
-        """The same frames in rings of one capacity."""
+        """The same frames in rings of one capacity; every `tree.map` asks for it, so nobody copies what is overrun."""
+        for ring in rings:
+            ring.stale()
         most = max(ring.room for ring in rings)
         return [ring if ring.room == most else Ring.of(ring.buffer(), most) for ring in rings]
 

@@ -115,7 +115,9 @@ def set_backend(stream: nn.Module, name: str) -> None:
 def unable(stream: nn.Module, name: str) -> str | None:
     """Why some attention inside `stream` cannot compute by this backend; None if all can."""
     for layer in attending(stream) if name != "auto" else []:
-        q = layer.qkv.weight.new_empty(1, layer.heads, 1, layer.width * layer.group)
+        weights = (getattr(layer.qkv, "weight", None), *layer.parameters())  # quantised layers have a method there
+        like = next((w for w in weights if isinstance(w, Tensor) and w.is_floating_point()), torch.empty(0))
+        q = torch.empty(1, layer.heads, 1, layer.width * layer.group, dtype=like.dtype, device=like.device)
         if reason := BACKENDS[name].supports(q, layer.span, layer.position):
             return reason
     return None
@@ -184,18 +186,19 @@ class SelfAttention(Spanned):
 
     def _rings(self, x: Frames) -> bool:
         """The kernel of steps will be used, so the history of a new state is a `Ring`."""
-        kind, span = type(self), self.span
+        kind = type(self)
         usual = kind._attend is SelfAttention._attend and kind._looked is SelfAttention._looked
-        if not usual or not isinstance(span, Span) or span.left is None or span.sinks or not self._by_kernel():
+        if not usual or not self._by_kernel():
             return False
         q = x.values.new_empty(len(x.mask), self.heads, 1, self.width * self.group)
         triton = BACKENDS["triton"]
         chosen = self.backend == "triton" or triton.preferred(q)
-        return chosen and triton.supports(q, span, self.position) is None
+        return chosen and triton.supports(q, self.span, self.position) is None
 
     def _by_kernel(self) -> bool:
-        """A `Ring` may be written to: nobody asks for a gradient, or for another backend."""
-        return self.backend in ("auto", "triton") and not torch.is_grad_enabled()
+        """A `Ring` may be written to: nobody asks for a gradient, for another backend, or for what a ring lacks."""
+        fits = isinstance(self.span, Span) and self.span.left is not None and not self.span.sinks
+        return fits and self.backend in ("auto", "triton") and not torch.is_grad_enabled()
 
     def _kept(self, past: Buffer | Ring) -> Ring:
         """History as a ring that a step of one chunk fits in."""
