@@ -262,12 +262,15 @@ def main(arguments: list[str] | None = None) -> int:
     targets = [int(options.target.removeprefix("sm_"))] if options.target else list(LIMITS)
     found: list[Report] = []
     listed = [options.op] if options.op else ops()
+    empty = set(listed)
     for target in targets:
-        wanted = [one for op in listed for one in shipped(op, target) if one.default or not options.default]
+        every = [one for op in listed for one in shipped(op, target)]
+        empty -= {one.op for one in every}
+        wanted = [one for one in every if one.default or not options.default]
         found += reports(first(wanted) if options.first else wanted, [target])
     print(table(found))
     print(f"\nbytes of shared memory and of spills; * is not a default; triton {triton.__version__}")
-    for op in sorted(set(listed) - {report.of.op for report in found}):
+    for op in sorted(empty):
         print(f"{op} lists no configurations")
     faults = [(report, fault) for report in found for fault in report.faults]
     for report, fault in faults:
