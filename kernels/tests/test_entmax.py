@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from speechattn_kernels.common import recorded
 from speechattn_kernels.entmax import backward, entmax_attention, forward
+from speechattn_kernels.entmax.forward import attended
 from speechattn_kernels.entmax.naive import entmax_attention as naive
 from speechattn_kernels.entmax.shipped import flops, shipped
 from torch import Tensor
@@ -17,6 +18,10 @@ from torch import Tensor
 from speechattn.attention.entmax import entmax
 
 Op = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+AT_THE_EDGE = {
+    "backward D=256 U=60 float32", *(f"{way} D={size} bfloat16" for way in ("forward", "backward")
+                                     for size in ("32 U=20", "80 U=1")),
+}  # fmt: skip
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -28,7 +33,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, alpha: Tensor) -> tupl
 
 
 def drawn(
-    device: torch.device, shape: tuple[int, int, int, int, int, int] = (2, 4, 2, 5, 70, 32), spread: float = 2.0,
+    device: torch.device, shape: tuple[int, int, int, int, int, int] = (2, 3, 1, 5, 40, 32), spread: float = 2.0,
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:  # fmt: skip
     """Of B, H, G, U, T, D: alpha from 1 to 2, both with the first and the last head."""
@@ -49,11 +54,14 @@ def all_of(op: Op, x: Inputs, like: torch.dtype | None = None, learnt: bool = Tr
     return [context.detach(), *torch.autograd.grad(context, wanted, grad)]
 
 
+def worst_of(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+
+
 def same(found: list[Tensor], wanted: list[Tensor], tolerance: float = 2e-5) -> None:
     for a, b in zip(found, wanted, strict=True):
         assert a.shape == b.shape
-        worst = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
-        assert worst <= tolerance * max(1.0, float(b.abs().max()) if b.numel() else 0.0)
+        assert worst_of(a, b) <= tolerance * max(1.0, float(b.abs().max()) if b.numel() else 0.0)
 
 
 def sparsemax(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,37 +74,43 @@ def sparsemax(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_the_reference_has_right_gradients() -> None:
-    q, k, v, valid, _ = drawn(torch.device("cpu"), (1, 3, 1, 2, 5, 2), 1.0, torch.float64)
+    q, k, v, valid, _ = drawn(torch.device("cpu"), (1, 3, 1, 1, 4, 2), 1.0, torch.float64)
     alpha = torch.tensor([1.0, 1.4, 1.9], dtype=torch.float64)
     x = [y.requires_grad_() for y in (q, k, v, alpha)]
     assert torch.autograd.gradcheck(lambda q, k, v, alpha: naive(q, k, v, valid, alpha)[0], x)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_against_all_weights(device: torch.device, groups: int) -> None:
-    x = drawn(device, (2, 4, groups, 5, 70, 32))
+@pytest.mark.parametrize(("heads", "groups"), [(3, 1), (4, 2), (3, 3)])
+def test_against_all_weights(device: torch.device, heads: int, groups: int) -> None:
+    x = drawn(device, (2, heads, groups, 5, 40, 32))
     x[3][1] = False
     x[3][1, 3] = True  # one key
     found = all_of(entmax_attention, x)
     same(found, all_of(dense, x, torch.float64))
-    same(found, all_of(naive, x))
+    same(found, all_of(naive, x, torch.float64))
     torch.testing.assert_close(entmax_attention(*x)[1], naive(*x)[1], rtol=1e-5, atol=1e-5)
-    only = x[2][1, :, 3].repeat_interleave(4 // groups, 0)[:, None].expand(-1, 5, -1)
+    only = x[2][1, :, 3].repeat_interleave(heads // groups, 0)[:, None].expand(-1, 5, -1)
     torch.testing.assert_close(found[0][1], only, rtol=1e-6, atol=1e-6)
+
+
+def test_six_steps_are_enough(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = drawn(device)
+    monkeypatch.setitem(attended.__globals__, "STEPS", 6)
+    assert worst_of(entmax_attention(*x)[0], naive(*x)[0]) < 5e-6
 
 
 @pytest.mark.parametrize("width", [40, 64, 80, 128, 256])
 def test_heads_of_any_size(device: torch.device, width: int) -> None:
-    x = drawn(device, (1, 2, 1, 18, 66, width))
+    x = drawn(device, (1, 2, 1, 18, 34, width))
     same(all_of(entmax_attention, x), all_of(naive, x, torch.float64))
 
 
 @given(
-    rows=st.integers(0, 2), groups=st.integers(1, 2), times=st.integers(1, 3), tokens=st.integers(0, 19),
-    frames=st.integers(0, 67), width=st.integers(1, 33), spread=st.sampled_from([0.0, 1.0, 30.0]),
+    rows=st.integers(0, 2), groups=st.integers(1, 2), times=st.integers(1, 2), tokens=st.integers(0, 18),
+    frames=st.integers(0, 40), width=st.integers(1, 33), spread=st.sampled_from([0.0, 1.0, 30.0]),
     seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 def test_any_shape(
     device: torch.device, rows: int, groups: int, times: int, tokens: int, frames: int, width: int, spread: float,
     seed: int,
@@ -111,11 +125,11 @@ def test_any_shape(
 
 
 def test_both_ends(device: torch.device) -> None:
-    q, k, v, valid, _ = x = drawn(device, (2, 4, 4, 5, 70, 32))
+    q, k, v, valid, _ = x = drawn(device, (1, 2, 2, 5, 70, 32))
     z = (q @ k.transpose(-1, -2) / 32**0.5).double().masked_fill(~valid[:, None, None], -1e9)
-    context, levels = entmax_attention(*x[:4], torch.ones(4, device=device))
+    context, levels = entmax_attention(*x[:4], torch.ones(2, device=device))
     same([context, levels], [z.softmax(-1) @ v.double(), z.logsumexp(-1)], 5e-6)
-    context, levels = entmax_attention(*x[:4], torch.full((4,), 2.0, device=device))
+    context, levels = entmax_attention(*x[:4], torch.full((2,), 2.0, device=device))
     p, tau = sparsemax(z)
     same([context, levels], [p @ v.double(), tau + 1], 5e-6)
 
@@ -123,7 +137,7 @@ def test_both_ends(device: torch.device) -> None:
 @pytest.mark.parametrize("alpha", [1.0, 1 + 1e-6, 1.01, 1.5, 1.99, 2.0])
 def test_the_gradient_of_alpha(device: torch.device, alpha: float) -> None:
     """Also at both ends, and where its formula cancels."""
-    x = (*drawn(device, (1, 2, 2, 3, 40, 32))[:4], torch.full((2,), alpha, device=device))
+    x = (*drawn(device, (1, 1, 1, 3, 33, 32))[:4], torch.full((1,), alpha, device=device))
     found, wanted = all_of(entmax_attention, x), all_of(dense, x, torch.float64)
     same(found, wanted, 5e-5)
     assert float(wanted[4].abs().min()) > 1e-2
@@ -138,7 +152,7 @@ def test_an_alpha_that_is_not_learnt(device: torch.device) -> None:
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 100.0, 3000.0])
 def test_scores_of_any_size(device: torch.device, spread: float) -> None:
     """Equal ones share alike; with large ones the first gets everything."""
-    x = drawn(device, (1, 4, 4, 5, 100, 32), spread)
+    x = drawn(device, (1, 3, 3, 5, 50, 32), spread)
     context, _ = entmax_attention(*x)
     same([context], [dense(*(y.double() if y.is_floating_point() else y for y in x))[0]], 2e-3 if spread > 10 else 1e-5)
     if not spread:
@@ -190,9 +204,10 @@ def test_views(device: torch.device) -> None:
 
 
 def test_always_the_same(device: torch.device) -> None:
-    x = drawn(device, (1, 2, 1, 70, 40, 32))  # many tiles of queries
-    same(all_of(entmax_attention, x), all_of(naive, x, torch.float64))
-    for a, b in zip(all_of(entmax_attention, x), all_of(entmax_attention, x), strict=True):
+    x = drawn(device, (1, 2, 1, 40, 20, 32))  # several tiles of queries
+    found = all_of(entmax_attention, x)
+    same(found, all_of(naive, x, torch.float64))
+    for a, b in zip(found, all_of(entmax_attention, x), strict=True):
         assert torch.equal(a, b)
 
 
@@ -200,9 +215,9 @@ def test_always_the_same(device: torch.device) -> None:
 def test_the_operators_are_as_declared(device: torch.device) -> None:
     q, k, v, valid, alpha = drawn(device, (1, 2, 1, 3, 20, 16))
     context, levels = forward(q, k, v, valid, alpha)
-    torch.library.opcheck(forward, (*(y.clone().requires_grad_() for y in (q, k, v)), valid, alpha.requires_grad_()))
+    torch.library.opcheck(forward.op, (*(y.clone().requires_grad_() for y in (q, k, v)), valid, alpha.requires_grad_()))
     for learnt in (False, True):
-        torch.library.opcheck(backward, (q, k, v, valid, alpha.detach(), levels, torch.ones_like(context), learnt))
+        torch.library.opcheck(backward.op, (q, k, v, valid, alpha.detach(), levels, torch.ones_like(context), learnt))
 
 
 def test_compiled(device: torch.device) -> None:
@@ -225,7 +240,8 @@ def test_everything_shipped_is_launched() -> None:
     for name, default, call in shipped():
         with recorded() as launches:
             call()
-        assert (default, len(launches)) == (True, 1 if name.startswith("forward") else 2)
+        assert len(launches) == (1 if name.startswith("forward") else 2)
+        assert default == (name not in AT_THE_EDGE)
         assert all(flops(launch) > 0 for launch in launches)
 
 

@@ -50,10 +50,12 @@ def all_of(op: Any, given: tuple[Tensor, ...], heads: tuple[int, ...], newest: i
     return *found, *torch.autograd.grad(found[0], given[:3], wanted)
 
 
-def agree(given: tuple[Tensor, ...], heads: tuple[int, ...], newest: int, *, rms: float, most: float) -> None:
-    """Kernel and naive: the error, relative to the root mean square and to the largest.
+def agree(
+    given: tuple[Tensor, ...], heads: tuple[int, ...], newest: int, *, rms: float, most: float, least: float = 0.1
+) -> None:
+    """Kernel and naive: the error, relative to the root mean square and to the largest, but at least to `least`.
 
-    Where one frame is all there is, scores have no gradient but for rounding.
+    Where one frame is all there is, scores have no gradient but for rounding, which keys get times the queries.
     """
     found, expected = all_of(policy, given, heads, newest), all_of(naive.policy, given, heads, newest)
     for name, x, y in zip(NAMES, found, expected, strict=False):
@@ -62,8 +64,8 @@ def agree(given: tuple[Tensor, ...], heads: tuple[int, ...], newest: int, *, rms
         assert torch.isfinite(x).all(), name
         if x.numel():
             error, size = (x - y).detach().double(), y.detach().double()
-            assert float(error.square().mean().sqrt()) <= rms * (float(size.square().mean().sqrt()) + 0.1), name
-            assert float(error.abs().max()) <= most * (float(size.abs().max()) + 0.1), name
+            assert float(error.square().mean().sqrt()) <= rms * (float(size.square().mean().sqrt()) + least), name
+            assert float(error.abs().max()) <= most * (float(size.abs().max()) + least), name
 
 
 # rows, beam, heads, groups, tokens, frames, features
@@ -104,7 +106,7 @@ def test_shares_of_several_tiles(programs: int, device: torch.device, monkeypatc
     agree(inputs(1, 1, 1, 1, 2, 150, 33, device=device, sharp=4.0), (0,), 1, rms=1e-5, most=1e-4)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 @example(rows=1, beam=2, group=3, groups=1, tokens=9, frames=40, features=64, asked=3, newest=8, sharp=30.0)
 @given(
     rows=st.integers(0, 2), beam=st.integers(1, 2), group=st.integers(1, 2), groups=st.integers(1, 2),
@@ -119,7 +121,7 @@ def test_any_shape(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given = inputs(rows, beam, group * groups, groups, tokens, frames, features, device=device, sharp=sharp)
     heads = tuple(torch.randint(group * groups, (asked,)).tolist())
-    agree(given, heads, min(newest, tokens), rms=2e-5, most=1e-4)
+    agree(given, heads, min(newest, tokens), rms=2e-5, most=1e-4, least=0.1 * max(sharp, 1.0))
 
 
 def test_naive_is_softmax_attention_and_its_gradient_right() -> None:
@@ -143,8 +145,7 @@ def entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp(min=1e-30).log()).sum(-1)
 
 
-@pytest.mark.parametrize("peak", [0.0, 1.0, 3.0])
-@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize(("tokens", "peak"), [(1, 0.0), (6, 0.0), (6, 1.0), (6, 3.0)])
 def test_what_policies_take_from_the_rows_is_what_all_weights_give(
     tokens: int, peak: float, device: torch.device
 ) -> None:
@@ -214,9 +215,9 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of opcheck
 def test_torch_sees_through_the_op(device: torch.device) -> None:
     given = inputs(1, 1, 2, 1, 3, 7, 32, device=device)
-    torch.library.opcheck(seen, (*given, [1, 0], 2))
+    torch.library.opcheck(seen.op, (*given, [1, 0], 2))
     context, _, _, sums = (x.detach() for x in seen(*given, [1, 0], 2))
-    torch.library.opcheck(gradients, (torch.randn_like(context), *(x.detach() for x in given), context, sums))
+    torch.library.opcheck(gradients.op, (torch.randn_like(context), *(x.detach() for x in given), context, sums))
 
     def f(*x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return policy(*x, heads=(1, 0), newest=2)

@@ -117,8 +117,8 @@ def test_lower_precision(dtype: torch.dtype, device: torch.device) -> None:
     if reason := unable(torch.zeros(1, device=device, dtype=dtype)):
         pytest.skip(reason)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3
-    compare(SPANS["ahead"], "both", device, dtype=dtype, tolerance=tolerance)
-    compare(SPANS["chunked"], "turns", device, dtype=dtype, tolerance=tolerance)
+    compare(SPANS["ahead"], "both", device, dtype=dtype, steps=2, tolerance=tolerance)
+    compare(SPANS["chunked"], "turns", device, dtype=dtype, steps=1, tolerance=tolerance)
 
 
 @given(
@@ -235,7 +235,7 @@ def example(device: torch.device) -> tuple[Any, ...]:
 
 
 def test_the_op_is_what_it_declares(device: torch.device) -> None:
-    torch.library.opcheck(op, example(device))
+    torch.library.opcheck(op.op, example(device))
     with recorded() as launches:
         op(*(x.to("meta") if isinstance(x, Tensor) else x for x in example(device)))
     assert launches[0].grid == (1, 2, 2)
@@ -272,7 +272,7 @@ def test_streaming_is_offline(name: str, device: torch.device) -> None:
     exact = copy.deepcopy(layer).double().eval()
     layer = layer.to(device).eval()
     set_backend(layer, "triton")
-    x = random_frames([13, 9], 16)
+    x = random_frames([11, 6], 16)
     with torch.no_grad():
         wanted = exact(Frames(x.values.double(), x.mask))
         moved = Frames(x.values.to(device), x.mask.to(device))

@@ -68,7 +68,7 @@ def run_back(
     """The gradients of q, k, v and alpha; that of alpha is zero where it is not `learnt`."""
     to_q, to_k, to_v, to_alpha = empty_back(q, k, v, valid, alpha, levels, grad, learnt)
     centres = torch.empty_like(levels)
-    parts = levels.new_empty(*q.shape[:2], back.blocks(q, k)) if learnt else None
+    parts = levels.new_empty(*q.shape[:2], back.blocks(q)) if learnt else None
     args = (ready(q), ready(k), ready(v), valid.contiguous(), alpha.contiguous(), levels, grad.contiguous())
     back.to_queries(*args, to_q=to_q, centres=centres, to_alpha=parts)
     back.to_keys(*args, centres=centres, to_k=to_k, to_v=to_v)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from speechattn_kernels.common import divided, launch
-from speechattn_kernels.entmax.forward import sizes, strides, warps
+from speechattn_kernels.common import divided, launch, power
+from speechattn_kernels.entmax.forward import exact, sizes, strides
 from speechattn_kernels.entmax.tiles import moved, rows, weights
 
 __all__ = ["blocks", "to_keys", "to_queries"]
@@ -90,9 +91,23 @@ def entmax_backward_keys_kernel(
     tl.store(to_v + at, moved_by, mask=mask)
 
 
-def blocks(q: Tensor, k: Tensor) -> int:
+def queries(q: Tensor) -> tuple[int, int, int]:
+    """Queries, keys and warps of a program for queries."""
+    if q.dtype == torch.float32:
+        return exact(q)
+    return (16, 64, 8) if power(q.shape[-1]) == 128 else (16, 32, 4)
+
+
+def keys(q: Tensor) -> tuple[int, int, int]:
+    """Queries, keys and warps of a program for keys, which holds two matrices of sums."""
+    if q.dtype == torch.float32:
+        return 16, 16, 8
+    return (32, 32, 4) if power(q.shape[-1]) <= 64 else (16, 32, 8)
+
+
+def blocks(q: Tensor) -> int:
     """How many parts the gradient of alpha has."""
-    return divided(q.shape[2], sizes(q, k)["BLOCK_M"])
+    return divided(q.shape[2], queries(q)[0])
 
 
 def to_queries(
@@ -100,12 +115,13 @@ def to_queries(
     centres: Tensor, to_alpha: Tensor | None,
 ) -> None:  # fmt: skip
     """Fills `to_q`, `centres` and `to_alpha`."""
+    m, n, warps = queries(q)
     args = {
         "q": q, "k": k, "v": v, "valid": valid, "alpha": alpha, "levels": levels, "grad": grad, "to_q": to_q,
         "centres": centres, "to_alpha": to_alpha,
-    } | strides(q=q, k=k, v=v) | sizes(q, k)  # fmt: skip
-    grid = (divided(q.shape[2], args["BLOCK_M"]), q.shape[1], q.shape[0])
-    launch(entmax_backward_queries_kernel, grid, args, warps=warps(q), stages=2)
+    } | strides(q=q, k=k, v=v) | sizes(q, k, (m, n))  # fmt: skip
+    grid = (divided(q.shape[2], m), q.shape[1], q.shape[0])
+    launch(entmax_backward_queries_kernel, grid, args, warps=warps, stages=2)
 
 
 def to_keys(
@@ -113,9 +129,10 @@ def to_keys(
     to_k: Tensor, to_v: Tensor,
 ) -> None:  # fmt: skip
     """Fills `to_k` and `to_v`."""
+    m, n, warps = keys(q)
     args = {
         "q": q, "k": k, "v": v, "valid": valid, "alpha": alpha, "levels": levels, "grad": grad, "centres": centres,
         "to_k": to_k, "to_v": to_v,
-    } | strides(q=q, k=k, v=v) | sizes(q, k)  # fmt: skip
-    grid = (divided(k.shape[2], args["BLOCK_N"]), k.shape[1], k.shape[0])
-    launch(entmax_backward_keys_kernel, grid, args, warps=warps(q), stages=2)
+    } | strides(q=q, k=k, v=v) | sizes(q, k, (m, n))  # fmt: skip
+    grid = (divided(k.shape[2], n), k.shape[1], k.shape[0])
+    launch(entmax_backward_keys_kernel, grid, args, warps=warps, stages=2)

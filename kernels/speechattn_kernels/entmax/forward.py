@@ -12,7 +12,7 @@ from torch import Tensor
 from speechattn_kernels.common import divided, launch, power, precision
 from speechattn_kernels.entmax.tiles import rows, shrunk, weights
 
-__all__ = ["LEAST", "attended", "sizes", "strides", "warps"]
+__all__ = ["LEAST", "attended", "exact", "sizes", "strides"]
 
 LEAST = 1e-10  # of alpha - 1: with less, entmax is softmax to the last digit
 STEPS = 24  # of Newton's method, at most; most rows need 3 to 6
@@ -74,24 +74,33 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     return {f"{name}_{part}": x.stride(at) for name, x in tensors.items() for at, part in enumerate(parts)}
 
 
-def sizes(q: Tensor, k: Tensor, most: int = 32) -> dict[str, Any]:
-    """What a launch says of q [B, H, U, D] and k [B, G, T, D]: shape, tiles of at most `most` queries, arithmetic."""
+def sizes(q: Tensor, k: Tensor, tile: tuple[int, int]) -> dict[str, Any]:
+    """What a launch says of q [B, H, U, D] and k [B, G, T, D]: shape, queries and keys of a tile, arithmetic."""
     (_, heads, tokens, width), (_, groups, frames, _) = q.shape, k.shape
     return {
         "H": heads, "G": groups, "U": tokens, "T": frames, "scale": width**-0.5, "D": width, "BLOCK_D": power(width),
-        "BLOCK_M": min(power(tokens), most), "BLOCK_N": 32, "PRECISION": precision(q.dtype), "LEAST": LEAST,
+        "BLOCK_M": tile[0], "BLOCK_N": tile[1], "PRECISION": precision(q.dtype), "LEAST": LEAST,
     }  # fmt: skip
 
 
-def warps(q: Tensor) -> int:
-    """Of a program: wide heads and numbers have more to hold."""
-    return 8 if power(q.shape[-1]) >= 128 or q.dtype == torch.float32 else 4
+def exact(q: Tensor) -> tuple[int, int, int]:
+    """Queries, keys and warps of a program that holds one matrix of sums, in float32: wide heads have smaller tiles."""
+    wide = power(q.shape[-1])
+    return min(power(q.shape[2]), 32 if wide <= 64 else 16), 32 if wide <= 128 else 16, 8
+
+
+def picks(q: Tensor) -> tuple[int, int, int]:
+    """Queries, keys and warps of a program forwards."""
+    if q.dtype == torch.float32:
+        return exact(q)
+    narrow = power(q.shape[-1]) <= 64
+    return min(power(q.shape[2]), 64 if narrow else 32), 32, 4 if narrow else 8
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, alpha: Tensor, *, out: Tensor, levels: Tensor) -> None:
     """Fills `out` and `levels`."""
+    m, n, warps = picks(q)
     args: dict[str, Any] = {"q": q, "k": k, "v": v, "valid": valid, "alpha": alpha, "out": out, "levels": levels}
-    small = power(q.shape[-1]) > 64 or q.dtype == torch.float32
-    args |= strides(q=q, k=k, v=v) | sizes(q, k, 32 if small else 64) | {"STEPS": STEPS, "NEAR": NEAR}
+    args |= strides(q=q, k=k, v=v) | sizes(q, k, (m, n)) | {"STEPS": STEPS, "NEAR": NEAR}
     rows, heads, tokens, _ = q.shape
-    launch(entmax_forward_kernel, (divided(tokens, args["BLOCK_M"]), heads, rows), args, warps=warps(q), stages=2)
+    launch(entmax_forward_kernel, (divided(tokens, args["BLOCK_M"]), heads, rows), args, warps=warps, stages=2)
