@@ -97,6 +97,8 @@ HOPPER = {
     "keys": {None: (64, 64, 4, 1), "rows": (16, 64, 4, 2), "table": (32, 64, 4, 1), "turns": (16, 64, 4, 2)},
     "distance": {"rows": (32, 32, 4, 2), "table": (64, 64, 4, 2)},
 }  # fmt: skip
+# The same where a query sees everything, or everything before it: there are many keys, and no window to fit.
+UNBOUNDED = {"forward": (64, 64, 4, 3), "queries": (64, 64, 4, 2), "keys": (64, 64, 4, 2)}
 # For Ampere, whose products need more registers: what does not spill.
 AMPERE = {
     "forward": {None: (64, 64, 4, 2), "rows": (32, 64, 4, 2), "table": (64, 32, 4, 2), "turns": (64, 32, 4, 2)},
@@ -110,7 +112,10 @@ def tiles(kernel: str, args: dict[str, Any]) -> tuple[dict[str, int], dict[str, 
     """Sizes of the tiles of a kernel with such arguments, then warps and stages."""
     position = next((name for name in ("rows", "table", "turns") if args[name] is not None), None)
     bytes_of_row = args["D"] * args["q"].element_size()
-    queries, keys, warps, stages = (HOPPER if generation(args["q"]) in (9, 10) else AMPERE)[kernel][position]
+    hopper = generation(args["q"]) in (9, 10)
+    queries, keys, warps, stages = (HOPPER if hopper else AMPERE)[kernel][position]
+    if hopper and position is None and not args["BOUNDED"]:
+        queries, keys, warps, stages = UNBOUNDED[kernel]
     if bytes_of_row > 512:
         queries, keys, stages = 16, 16, 1
     elif bytes_of_row > 128:
