@@ -34,6 +34,7 @@ from speechattn.model.pruning import GatedEncoder, PrunedEncoder, SplitEncoder
 from speechattn.pretrained.espnet.legacy import Whole
 from speechattn.pretrained.whisper import model as whisper
 from speechattn.pretrained.whisper.features import FrontEnd
+from speechattn.pretrained.whisper.streaming import Convolution, Flow, StreamingEncoder, Turning
 from speechattn.stream import (
     Delay,
     Stream,
@@ -75,7 +76,8 @@ ELSEWHERE: dict[type, str] = {
     TaylorAttention: "test_linear_attention.py", Based: "test_linear_attention.py", Mega: "test_mega.py",
     MoBA: "test_selection.py", Quest: "test_selection.py", SampleAttention: "test_prefill.py",
     FlexPrefill: "test_prefill.py", EchoAttention: "test_echo.py", Scale: "test_echo.py", Together: "test_echo.py",
-    Gated: "test_echo.py",
+    Gated: "test_echo.py", Convolution: "test_embedded.py", Flow: "test_embedded.py",
+    StreamingEncoder: "test_embedded.py", Turning: "test_embedded.py",
 }  # fmt: skip
 
 

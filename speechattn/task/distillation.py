@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import AdamW
 
 from speechattn.attention.pattern import Span
-from speechattn.attention.self_attention import Spanned, set_span
+from speechattn.attention.self_attention import Spanned, set_backend, set_span
+from speechattn.data.batch import Batch
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
-from speechattn.errors import ModelError
+from speechattn.errors import InputError, ModelError
 from speechattn.frames import Frames, Memory
 from speechattn.model import Recognizer, load_model
+from speechattn.pretrained.whisper import Whisper, load
+from speechattn.pretrained.whisper.features import HOP, scaled
+from speechattn.pretrained.whisper.streaming import front_end, streaming, turn
+from speechattn.task.base import Task, seeded
+from speechattn.task.checkpoint import FORMAT, weights_of
+from speechattn.task.chunks import Spans
 from speechattn.task.objectives import Heard, Objective, Said, ending, head_of
 
-__all__ = ["AttentionDistillation", "CTCDistillation", "Distillation", "DualModeDistillation", "divergence"]
+__all__ = ["AttentionDistillation", "CTCDistillation", "Distillation", "DualModeDistillation", "EncoderDistillation",
+           "apartness", "divergence"]  # fmt: skip
 
 
 def divergence(theirs: Tensor, mine: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
@@ -157,3 +169,135 @@ def forced(model: Recognizer, frames: Frames, said: Said) -> tuple[Tensor, Tenso
         head.start(Memory.of(frames, finished=True)), said.tokens, said.lengths, sos=end, eos=end
     )
     return scores, counts
+
+
+def apartness(theirs: Tensor, mine: Tensor, mask: Tensor) -> Tensor:
+    """Squared distance of [B, T, D] where `mask` [B, T] is True, as a share of the variance of `theirs` over time.
+
+    Law: 0 for the same, 1 for who always says the mean.
+    """
+    exact = torch.promote_types(mine.dtype, torch.float32)
+    theirs, mine = theirs.to(exact)[mask], mine.to(exact)[mask]
+    return (mine - theirs).square().sum() / (theirs - theirs.mean(0)).square().sum().clamp(min=1e-9)
+
+
+class EncoderDistillation(Task):
+    """Teaches Whisper's encoder to say in the span of the step what it says when it hears everything; no text.
+
+    The student begins with the teacher's weights. The loss is the `apartness` of what both say, and `layer_weight`
+    times the mean of that of the layers. A recording is read as a circle as long as Whisper's window: with `turning`
+    the student begins at a random position, and the teacher hears the sound turned as far, so that each frame has the
+    same position for both, and the seam of the positions is learnt wherever it falls.
+    """
+
+    def __init__(
+        self, teacher: str = "tiny.en", span: Span | None = None, spans: Spans | None = None, *,
+        layer_weight: float = 0.1, turning: bool = True, backend: str = "auto", optimizer: OptimizerCallable = AdamW,
+        scheduler: LRSchedulerCallable | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(optimizer=optimizer, scheduler=scheduler, seed=seed)
+        if not layer_weight >= 0:
+            raise ValueError(f"layer_weight {layer_weight}: wanted 0 or more")
+        whisper = load(teacher)
+        self.whispers: tuple[Whisper, ...] = (whisper.network,)  # in a tuple: no part of the task's weights
+        self.own, self.spans = span or Span.chunked(400, 32), spans
+        self.model = streaming(whisper.network, self.own).train().requires_grad_(True)
+        self.hearing: Any = front_end(whisper.network.config.mels)
+        self.layer_weight, self.turning, self.backend = layer_weight, turning, backend
+        for encoder in (self.model, whisper.network.encoder):
+            set_backend(encoder, backend)
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The encoder."""
+        return {"encoder": self.model}
+
+    @property
+    def monitor(self) -> tuple[str, str]:
+        """How far it is from the teacher, in its own span."""
+        return "valid/loss", "min"
+
+    def setup(self, stage: str) -> None:
+        """Texts are not read, so the data is asked nothing of them."""
+
+    def init_from(self, path: Path, plugins: Sequence[str] = ()) -> None:
+        """Start with the weights of a checkpoint of this task."""
+        self.model.load_state_dict(weights_of(path, plugins))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Draw the span and the first position, which all processes see alike."""
+        lots = torch.Generator().manual_seed(seeded(self.seed, self.begun, 0))
+        if self.spans is not None:
+            set_span(self.model, self.spans.draw(lots))
+        if self.turning:
+            turn(self.model, int(torch.randint(self.whispers[0].config.audio_context, (), generator=lots)))
+        super().on_train_batch_start(batch, batch_idx)
+
+    def both(self, sound: Frames, first: int = 0) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """What each layer and the whole encoder say [B, T, D], of the teacher and of the student; which are there."""
+        teacher = self.whispers[0].to(sound.values.device).encoder
+        with torch.no_grad():
+            with torch.autocast(self.device.type, enabled=False):
+                mel = self.hearing.mel(sound)
+                turned = Frames(scaled(mel.values).roll(2 * first, 1), mel.mask.roll(2 * first, 1))
+                features = self.hearing.level(mel)
+            theirs: list[Tensor] = []
+            hooks = [layer.register_forward_hook(lambda _, x, y: theirs.append(y.values)) for layer in teacher.layers]
+            theirs.append(teacher(turned).values)
+            for hook in hooks:
+                hook.remove()
+            theirs = [values.roll(-first, 1) for values in theirs]
+        said, layers = self.model.intermediate(features, range(len(self.model.layers.members)))
+        return theirs, [*(layer.values for layer in layers), said.values], said.mask
+
+    def figures(self, sound: Frames, first: int = 0) -> dict[str, Tensor]:
+        """The loss, and how far `output` and `layers` are from the teacher's."""
+        theirs, mine, mask = self.both(sound, first)
+        *layers, output = [apartness(a, b, mask) for a, b in zip(theirs, mine, strict=True)]
+        deep = torch.stack(layers).mean()
+        return {"loss": output + self.layer_weight * deep, "output": output, "layers": deep}
+
+    def circle(self, sound: Frames) -> Frames:
+        """Silence behind, up to the length of the circle. InputError for what is longer."""
+        samples = 2 * HOP * self.whispers[0].config.audio_context
+        room = samples - sound.mask.shape[1]
+        if room < 0:
+            raise InputError(f"sound of {sound.mask.shape[1]} samples: at most {samples} are turned; lower join.most_s")
+        return Frames(F.pad(sound.values, [0, room]), torch.ones_like(F.pad(sound.mask, [0, room])))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """How far the student is from the teacher, in the span of the step."""
+        sound = self.circle(batch.sound) if self.turning else batch.sound
+        first = self.model.subsample.positions.first if self.turning else 0
+        found = self.figures(sound, first)
+        self.watch(found["loss"].detach(), batch.ids)
+        for name, value in found.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch))
+        return found["loss"]
+
+    def on_validation_epoch_start(self) -> None:
+        """The encoder's own span, from the first position."""
+        set_span(self.model, self.own)
+        turn(self.model, 0)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same figures in the encoder's own span."""
+        for name, value in self.figures(batch.sound).items():
+            self.log(f"valid/{name}", value, prog_bar=name == "loss", batch_size=len(batch), add_dataloader_idx=False)
+
+    def on_validation_epoch_end(self) -> None:
+        """Lightning has the means."""
+
+    def on_train_end(self) -> None:
+        """The encoder's own span, with which it will stream."""
+        super().on_train_end()
+        self.on_validation_epoch_start()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint knows its place in the training; it has no tokens."""
+        self.look()
+        score = self.trainer.callback_metrics.get(self.monitor[0])
+        checkpoint["speechattn"] = {
+            "format": FORMAT, "config": None, "files": {}, "batches": self.begun,
+            "score": None if score is None else float(score), "mode": self.monitor[1],
+        }  # fmt: skip
