@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from speechattn_kernels.window import naive, window
+from speechattn_kernels.window.op import backward
 from torch import Tensor
 
 from speechattn.attention import Alibi, Bucketed, Relative, Rotary, Span, attend
@@ -231,6 +232,16 @@ def test_a_second_derivative_is_refused(device: torch.device) -> None:
     (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be once more"):
         torch.autograd.grad(first.square().sum() + q.sum(), q)
+
+
+def test_a_level_that_nobody_uses_has_no_gradient(device: torch.device) -> None:
+    """Compilers may give none where eager torch gives zeros."""
+    q, k, v = torch.randn(3, 1, 2, 20, 32, device=device)
+    valid, towards = torch.ones(1, 20, dtype=torch.bool, device=device), torch.randn(1, 2, 20, 32, device=device)
+    out, lse = window(q, k, v, valid, left=4)
+    rest = (out, lse, q, k, v, valid, None, None, None, 4, 1, 0, 1, 0, 0.0, 0, False)
+    for got, want in zip(backward(towards, None, *rest), backward(towards, torch.zeros_like(lse), *rest), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_autocast_and_a_state_of_other_numbers(device: torch.device) -> None:
