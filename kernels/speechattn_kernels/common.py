@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Parameter
 
-__all__ = ["Launch", "Op", "divided", "generation", "launch", "power", "precision", "recorded", "registered", "unable"]
+__all__ = ["Launch", "Op", "divided", "generation", "launch", "power", "precision", "recorded", "unable"]
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,9 +97,6 @@ class Op:
 def refused(name: str, ctx: Any, *grads: Tensor) -> None:
     """There is no such gradient."""
     raise RuntimeError(f"speechattn::{name} has no gradient; what is differentiated once cannot be once more")
-
-
-registered = Op  # by its former name
 
 
 def generation(x: Tensor) -> int:

@@ -14,7 +14,7 @@ from speechattn.attention.pattern import Pattern, Span
 from speechattn.attention.position import Position, Terms
 from speechattn.attention.softmax import first_valid, gathered, places, shared
 
-__all__ = ["Triton"]
+__all__ = ["WIDEST", "Triton", "installed"]
 
 WIDEST = 256  # features of a head
 

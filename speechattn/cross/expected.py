@@ -12,12 +12,13 @@ The probabilities of frames that are not there must be 0: such frames are passed
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from speechattn.attention.triton import installed
 
 __all__ = ["Form", "Stops", "chunkwise", "doubling", "fused", "hard", "infinite", "matrix", "preserved", "ranks",
            "ratio", "recurrence", "scan", "sequential"]  # fmt: skip
@@ -163,7 +164,7 @@ def fused(p: Tensor, start: Tensor | None = None) -> Tensor:
 
 def unable(p: Tensor) -> str | None:
     """Why `fused` cannot run on `p`; None if it can."""
-    if find_spec("triton") is None:
+    if not installed():
         return "the kernels need triton, which is not installed"
     from speechattn_kernels import common
 

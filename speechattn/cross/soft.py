@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from speechattn.attention.entmax import Entmax
-from speechattn.attention.triton import installed
+from speechattn.attention.triton import WIDEST, installed
 from speechattn.cross import Attended, chosen
 from speechattn.frames import Memory
 from speechattn.linear import run
 from speechattn.tree import node
 
 __all__ = ["Soft", "SoftState"]
-
-WIDEST = 256  # features of a head that a kernel holds
 
 
 @node

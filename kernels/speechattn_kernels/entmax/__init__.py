@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speechattn_kernels.common import registered
+from speechattn_kernels.common import Op
 from speechattn_kernels.entmax import backward as back
 from speechattn_kernels.entmax.forward import attended
 
@@ -93,6 +93,6 @@ def gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return to_q, to_k, to_v, None, to_alpha if learnt else None
 
 
-forward = registered("entmax_attention", run, empty)
-backward = registered("entmax_attention_backward", run_back, empty_back)
+forward = Op("entmax_attention", run, empty)
+backward = Op("entmax_attention_backward", run_back, empty_back)
 forward.register_autograd(gradients, setup_context=save)

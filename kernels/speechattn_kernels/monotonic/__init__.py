@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speechattn_kernels.common import registered
+from speechattn_kernels.common import Op
 from speechattn_kernels.monotonic import kernel
 
 __all__ = ["monotonic"]
@@ -77,6 +77,6 @@ def gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     return backward(*ctx.saved_tensors, grad)
 
 
-forward = registered("monotonic", run, empty)
-backward = registered("monotonic_backward", run_back, empty_back)
+forward = Op("monotonic", run, empty)
+backward = Op("monotonic_backward", run_back, empty_back)
 forward.register_autograd(gradients, setup_context=save)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speechattn_kernels.common import registered
+from speechattn_kernels.common import Op
 from speechattn_kernels.policy import backward, forward
 
 __all__ = ["policy"]
@@ -83,8 +83,8 @@ def like_inputs(
     return q.new_empty(n, tokens, many, features).transpose(1, 2), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-seen = registered("policy", run, like)
-gradients = registered("policy_backward", backward.back, like_inputs)
+seen = Op("policy", run, like)
+gradients = Op("policy_backward", backward.back, like_inputs)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

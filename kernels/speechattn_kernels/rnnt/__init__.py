@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speechattn_kernels.common import registered
+from speechattn_kernels.common import Op
 from speechattn_kernels.rnnt.backward import gradients
 from speechattn_kernels.rnnt.forward import Arcs, arcs
 from speechattn_kernels.rnnt.lattice import backward_scores, forward_scores
@@ -105,6 +105,6 @@ def derivative(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, 
     return (*rnnt_backward(grad, *ctx.saved_tensors, ctx.blank), None, None, None, None)
 
 
-rnnt_forward = registered("rnnt", whole, whole_fake)
-rnnt_backward = registered("rnnt_backward", back, back_fake)
+rnnt_forward = Op("rnnt", whole, whole_fake)
+rnnt_backward = Op("rnnt_backward", back, back_fake)
 rnnt_forward.register_autograd(derivative, setup_context=remember)

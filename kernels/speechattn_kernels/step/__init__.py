@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from speechattn_kernels.common import registered
+from speechattn_kernels.common import Op
 from speechattn_kernels.step import kernel
 
 __all__ = ["step"]
@@ -89,4 +89,4 @@ def empty(
     return y, filled.new_empty(filled.shape), at.new_empty(at.shape)
 
 
-op = registered("step", run, empty, mutates=("cache",))
+op = Op("step", run, empty, mutates=("cache",))
