@@ -112,6 +112,9 @@ class AttentionDecoder(nn.Module):
     number since `start`, before anything attends to it: who has learnt with segments needs no edges of the recording to
     know where in it he is (arXiv 2512.14652). More frames are refused.
 
+    `alignment_heads` are the (layer, head) pairs that look at the frames in which a token is said, for whoever wants to
+    know when it was; by default those of the middle layer.
+
     Law: reading tokens one by one equals reading them at once. Attention is a return value: `step` gives the
     alignment of the (layer, head) pairs it is asked for.
     """
@@ -122,8 +125,13 @@ class AttentionDecoder(nn.Module):
         positions: Callable[[int, int], Tensor] = learned, scale: float = 1.0,
         activation: Callable[[], nn.Module] = nn.GELU, output: nn.Module | None = None, dropout: float = 0.0,
         memory_positions: Callable[[int, int], Tensor] | None = None, memory_context: int = 3000,
+        alignment_heads: Sequence[Sequence[int]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        middle = [(depth // 2, head) for head in range(heads)]
+        self.alignment_heads: tuple[Head, ...] = tuple((a, b) for a, b in alignment_heads or middle)
+        if wrong := [head for head in self.alignment_heads if not (0 <= head[0] < depth and 0 <= head[1] < heads)]:
+            raise ValueError(f"alignment heads {wrong}: there are {depth} layers of {heads} heads")
         self.dim, self.heads, self.context, self.vocab, self.scale = dim, heads, context, vocab, scale
         self.embed = nn.Embedding(vocab, dim)
         self.positions: Tensor

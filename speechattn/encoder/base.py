@@ -24,6 +24,10 @@ class Encoder(Serial):
         super().__init__(subsample=subsample, layers=Serial(*layers), norm=norm)
         self.dim = dim
 
+    def listening(self, front_end: Stream) -> Stream:
+        """Samples [B, N] -> frames [B, T, dim], behind a `front_end`: what a live session steps."""
+        return Serial(front_end=front_end, encoder=self)
+
     def intermediate(self, x: Frames, layers: Sequence[int]) -> tuple[Frames, list[Frames]]:
         """As `forward`, and what the given layers (from 0) say, each without its delay.
 

@@ -14,10 +14,11 @@ from speechattn.audio.resample import Samples
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
 from speechattn.decoder.transducer import Transducer
+from speechattn.encoder import Encoder
 from speechattn.errors import InputError, ModelError
 from speechattn.frames import Frames
 from speechattn.live.transcript import Transcript, transcribe
-from speechattn.model.searches import SEARCHES, SOURCE, possible
+from speechattn.model.searches import LETTERS, SEARCHES, SOURCE, possible
 from speechattn.model.window import WindowRecognizer
 from speechattn.search import Search
 from speechattn.search.phrases import Phrases
@@ -26,7 +27,7 @@ from speechattn.text.pieces import Pieces, spelled
 
 __all__ = ["Recognizer"]
 
-HEADS = {SOURCE, *(head for kind in SEARCHES.values() for head in kind.needs)}
+HEADS = {SOURCE, LETTERS, *(head for kind in SEARCHES.values() for head in kind.needs)}
 WIDEST = 1000  # hypotheses
 SPIKE = 0.1  # a label less probable than this is none (arXiv 2107.07509, section 3)
 
@@ -60,7 +61,9 @@ class Recognizer(nn.Module):
         if unknown or not heads:
             raise ModelError(f"heads: {', '.join(unknown) or 'none'}; wanted one of {', '.join(sorted(HEADS))}")
         self.front_end, self.encoder, self.heads = front_end, encoder, nn.ModuleDict(heads)
-        body = Serial(front_end=front_end, cast=Pointwise(Cast(encoder)), encoder=encoder)
+        parts = front_end.members if isinstance(front_end, Serial) else [front_end]
+        before = Serial(*parts, Pointwise(Cast(encoder)))
+        body = encoder.listening(before) if isinstance(encoder, Encoder) else Serial(before, encoder)
         self.body = (body,)  # in a tuple: its weights have names already
         self.tokenizer, self.config = tokenizer, config
         self.sample_rate, self.language, self.spaceless = sample_rate, language, spaceless
@@ -124,10 +127,12 @@ class Recognizer(nn.Module):
             raise InputError(f"search {kind}: {error}") from error
 
     def blank(self, frames: Frames) -> Tensor:
-        """Where nothing is said [B, T] bool, as the CTC head of what is said hears it, or else the transducer."""
-        head = next((self.heads[name] for name in (SOURCE, "ctc", "transducer") if name in self.heads), None)
+        """Where nothing is said [B, T] bool, as a CTC head hears it (first that of letters), or else the transducer."""
+        names = (LETTERS, SOURCE, "ctc", "transducer")
+        head = next((self.heads[name] for name in names if name in self.heads), None)
         if not isinstance(head, CTC | Transducer):
-            raise InputError(f"no head hears where nobody speaks, as CTC or a transducer does: {', '.join(self.heads)}")
+            has = ", ".join(self.heads)
+            raise InputError(f"no head hears where nobody speaks, as CTC or a transducer does: {has}")
         scores = head.begins(frames) if isinstance(head, Transducer) else head(frames).values
         best, label = scores.max(-1)
         nothing: Tensor = (label == head.blank) | (best.exp() < SPIKE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 
 import torch
@@ -105,11 +106,10 @@ class WindowRecognizer(Window):
         self.sample_rate, self.spaceless = sample_rate, spaceless
         self.ratio = front_end.plan().ratio
         self.frame_s = float(1 / (self.ratio * encoder.plan().ratio * sample_rate))
-        layers, heads = self.decoder_size
-        self.alignment_heads = tuple((layers // 2, head) for head in range(heads))
+        self.alignment_heads = decoder.alignment_heads
 
     def policy(self) -> Policy:
-        return AlignAtt.fbk(self.alignment_heads[0][0], len(self.alignment_heads))
+        return replace(AlignAtt.fbk(0, 1), heads=self.alignment_heads)
 
     @torch.inference_mode()
     def encode(self, features: Tensor, *, samples: int, start: int = 0, finished: bool = False) -> Memory:

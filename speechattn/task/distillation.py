@@ -21,16 +21,17 @@ from speechattn.decoder.ctc import CTC
 from speechattn.errors import InputError, ModelError
 from speechattn.frames import Frames, Memory
 from speechattn.model import Recognizer, load_model
-from speechattn.pretrained.whisper import Whisper, load
-from speechattn.pretrained.whisper.features import HOP, scaled
+from speechattn.pretrained.whisper import Whisper, WhisperModel, load
+from speechattn.pretrained.whisper.features import HOP, SAMPLE_RATE, scaled
 from speechattn.pretrained.whisper.streaming import front_end, streaming, turn
 from speechattn.task.base import Task, seeded
 from speechattn.task.checkpoint import FORMAT, weights_of
 from speechattn.task.chunks import Spans
 from speechattn.task.objectives import Heard, Objective, Said, ending, head_of
+from speechattn.text.pieces import MARK
 
 __all__ = ["AttentionDistillation", "CTCDistillation", "Distillation", "DualModeDistillation", "EncoderDistillation",
-           "apartness", "divergence"]  # fmt: skip
+           "WhisperDistillation", "apartness", "divergence"]  # fmt: skip
 
 
 def divergence(theirs: Tensor, mine: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
@@ -117,6 +118,56 @@ class AttentionDistillation(Distillation):
             theirs, _ = forced(teacher, frames, said)
         mine, counts = forced(model, heard.frames, said)
         return divergence(theirs, mine, counts, self.temperature)
+
+
+class WhisperDistillation(Objective):
+    """Token by token behind the true text, by the head `attention`: what Whisper says of the whole utterance.
+
+    It hears what the student hears, noise and all, and silence behind it. The student's tokens are some of Whisper's;
+    both are compared on these alone. It is not trained, and is a part of no checkpoint.
+    """
+
+    def __init__(self, weight: float, teacher: str = "tiny.en", temperature: float = 1.0) -> None:
+        super().__init__("attention_distillation", weight, heads=("attention",))
+        if not temperature > 0:
+            raise ValueError(f"temperature {temperature}: wanted more than 0")
+        self.teacher, self.temperature = teacher, temperature
+        self.whispers: tuple[WhisperModel, ...] = ()  # in a tuple: no part of the task's weights
+        self.same: Tensor = torch.zeros(0, dtype=torch.long)  # their numbers for our tokens, -1 where there is none
+
+    def fit(self, model: Recognizer) -> None:
+        head_of(model, "attention", AttentionDecoder)
+        end, whisper = ending(model), load(self.teacher)
+        theirs = {piece: i for i, piece in enumerate(whisper.tokenizer.pieces)}
+        ours = [piece.replace(MARK, " ").encode() for piece in model.tokenizer.pieces]
+        same = [-1 if i in model.tokenizer.special else theirs.get(piece, -2) for i, piece in enumerate(ours)]
+        same[end] = whisper.tokenizer.end_of_text
+        if -2 in same:
+            raise ModelError(f"{self.teacher} has no token {model.tokenizer.pieces[same.index(-2)]!r}")
+        self.whispers, self.same = (whisper,), torch.tensor(same)
+
+    def losses(self, model: Recognizer, heard: Heard, said: Said) -> Tensor:
+        mine, counts = forced(model, heard.frames, said)
+        place = mine.device
+        both = (self.same >= 0).to(place)
+        with torch.no_grad():
+            theirs = self.taught(heard.sound, said)
+        return divergence(theirs[..., self.same[self.same >= 0].to(place)], mine[..., both], counts, self.temperature)
+
+    def taught(self, sound: Frames, said: Said) -> Tensor:
+        """The teacher's scores [B, U + 1, its V]."""
+        whisper, place = self.whispers[0], sound.values.device
+        network = whisper.network.to(place)
+        with torch.autocast(place.type, enabled=False):
+            mel = whisper.front_end.to(place)(Frames(sound.values, torch.ones_like(sound.mask))).values
+        samples = min(sound.mask.shape[1], network.max_samples)
+        frames = network.encode(mel[:, : samples // HOP], samples=samples, pad=round(whisper.pad_s * SAMPLE_RATE))
+        first = [whisper.tokenizer.id("<|startoftranscript|>"), whisper.tokenizer.id("<|notimestamps|>")]
+        prompt = torch.tensor(first, device=place).expand(len(said.tokens), -1)
+        tokens = self.same.to(place)[said.tokens].clamp(min=0)
+        state = network.decoder.start(Memory.of(frames, finished=True), behind=network.silence())
+        hidden, _, _ = network.decoder.step(torch.cat([prompt, tokens], 1), state)
+        return network.decoder.logits(hidden[:, 1:])
 
 
 class DualModeDistillation(Objective):

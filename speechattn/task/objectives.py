@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.cass_nat import Aligned, CassNatDecoder
 from speechattn.decoder.ctc import CTC
+from speechattn.decoder.letters import Letters
 from speechattn.decoder.transducer import FusedLoss, PrunedLoss, Transducer, unfit
 from speechattn.encoder import Encoder
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
 from speechattn.model import Recognizer
-from speechattn.model.searches import SOURCE
+from speechattn.model.searches import LETTERS, SOURCE
 from speechattn.text.pieces import END
 
 __all__ = [
     "AttentionObjective", "CTCObjective", "CassNatObjective", "FusedTransducerObjective", "Heard",
-    "IntermediateObjective", "Objective", "PrunedTransducerObjective", "Said", "TransducerObjective", "crowded",
-    "ending", "head_of", "wanted",
+    "IntermediateObjective", "LettersObjective", "Objective", "PrunedTransducerObjective", "Said",
+    "TransducerObjective", "crowded", "ending", "head_of", "wanted",
 ]  # fmt: skip
 
 Head = TypeVar("Head", bound=nn.Module)
@@ -130,6 +131,30 @@ class CTCObjective(Objective):
 
     def impossible(self, heard: Heard, said: Said) -> Tensor:
         return crowded(heard.frames, wanted(self.name, said))
+
+
+class LettersObjective(Objective):
+    """-log p(letters of the text) by the head `letters`, which learns to read the frames as they are: no gradient."""
+
+    def __init__(self, weight: float = 0.1) -> None:
+        super().__init__(LETTERS, weight)
+
+    def fit(self, model: Recognizer) -> None:
+        head_of(model, self.name, Letters)
+
+    def losses(self, model: Recognizer, heard: Heard, said: Said) -> Tensor:
+        spelled = self.spelled(model, said)
+        frames = Frames(heard.frames.values.detach(), heard.frames.mask)
+        return head_of(model, self.name, Letters).losses(frames, spelled.tokens, spelled.lengths)
+
+    def spelled(self, model: Recognizer, said: Said) -> Said:
+        """The letters of the texts."""
+        rows = zip(said.tokens.tolist(), said.lengths.tolist(), strict=True)
+        texts = [model.tokenizer.decode(row[:n]) for row, n in rows]
+        return Said(*head_of(model, self.name, Letters).spelled(texts))
+
+    def impossible(self, heard: Heard, said: Said) -> Tensor:
+        return torch.zeros_like(said.lengths, dtype=torch.bool)
 
 
 class IntermediateObjective(Objective):

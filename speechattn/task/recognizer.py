@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import _dynamo as dynamo
 from torch.optim import AdamW
 
-from speechattn.attention.self_attention import Spanned, set_span
+from speechattn.attention.self_attention import Spanned, set_backend, set_span
 from speechattn.audio.augment import SpecAugment
 from speechattn.audio.normal import GlobalCMVN
 from speechattn.data.batch import Batch
@@ -24,6 +24,7 @@ from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.model import Recognizer as Model
 from speechattn.model.folder import try_out
+from speechattn.pretrained.whisper.streaming import circle, turn
 from speechattn.stream import Serial, Stream
 from speechattn.task.base import Task, seeded
 from speechattn.task.checkpoint import start_from, tokenizer_of
@@ -45,7 +46,7 @@ class Recognizer(Task):
     processes do what one does with the same batch.
 
     Validation decodes with `search` offline and, in the blocks of the encoder's own span, streamed: `wer` and
-    `wer_streamed`, and `cer` likewise. `tokenizer` is the folder of its `tokens.txt`.
+    `wer_streamed`, and `cer` likewise. `tokenizer` is the folder of its `tokens.txt`, `backend` who computes attention.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Recognizer(Task):
         objectives: list[Objective], *, sample_rate: int = 16000, language: str | None = None, spaceless: bool = False,
         augment: SpecAugment | None = None, spans: Spans | None = None, optimizer: OptimizerCallable = AdamW,
         scheduler: LRSchedulerCallable | None = None, search: str | None = None, beam_size: int = 1,
-        streamed_batches: int | None = None, seed: int = 0, compile: str | None = None,
+        streamed_batches: int | None = None, seed: int = 0, compile: str | None = None, backend: str = "auto",
     ) -> None:  # fmt: skip
         super().__init__(optimizer=optimizer, scheduler=scheduler, seed=seed)
         self.model = Model(
@@ -61,6 +62,8 @@ class Recognizer(Task):
             sample_rate=sample_rate, language=language, spaceless=spaceless,
         )  # fmt: skip
         try_out(self.model, "model")
+        if backend != "auto":
+            set_backend(self.model, backend)
         self.objectives: Sequence[Objective] = nn.ModuleList(objectives)  # type: ignore[assignment]
         names = [objective.name for objective in objectives]
         if not names or len(set(names)) < len(names):
@@ -158,10 +161,12 @@ class Recognizer(Task):
                 callback.setup(self.trainer, self, "fit")  # its copy was made before
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed the step, and draw its span, which all processes see alike."""
+        """Seed the step, and draw its span and first position, which all processes see alike."""
+        shared = torch.Generator().manual_seed(seeded(self.seed, self.begun, 0))
         if self.spans is not None:
-            shared = torch.Generator().manual_seed(seeded(self.seed, self.begun, 0))
             set_span(self.model.encoder, self.spans.draw(shared))
+        if (period := circle(self.model.encoder)) is not None:
+            turn(self.model.encoder, int(torch.randint(period, (), generator=shared)))
         super().on_train_batch_start(batch, batch_idx)
 
     def hear(self, sound: Frames) -> Heard:
@@ -238,9 +243,11 @@ class Recognizer(Task):
         self.hear_as_told()
 
     def hear_as_told(self) -> None:
-        """With the span of the recipe, not that of the last step."""
+        """With the span of the recipe, not that of the last step, and from the first position."""
         for module, span in self.own_spans:
             module.span = span
+        if circle(self.model.encoder) is not None:
+            turn(self.model.encoder, 0)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss, and what is recognised."""

@@ -34,6 +34,22 @@ def letters(text: str) -> str:
     return unicodedata.normalize("NFC", " ".join(word for word in kept.split() if word.strip(APOSTROPHE)))
 
 
+def written(text: str) -> str:
+    """As it is printed: words in capitals of more than one letter become small, the first letter a capital, and where
+    the text ends in a letter or digit there is a full stop behind it.
+    """
+    words = [word.lower() if loud(word) else word for word in text.split()]
+    said = " ".join(words)
+    first = next((i for i, sign in enumerate(said) if sign.isalnum()), len(said))
+    said = said[:first] + said[first : first + 1].capitalize() + said[first + 1 :]
+    return f"{said}." if said[-1:].isalnum() else said
+
+
+def loud(word: str) -> bool:
+    """It has capitals only, and more than one."""
+    return word.isupper() and sum(map(str.isalpha, word)) > 1
+
+
 def letter(sign: str) -> str:
     """What `letters` makes of a sign."""
     kind = unicodedata.category(sign)
@@ -52,7 +68,8 @@ def whisper_english(text: str) -> str:
 
 _english: Callable[[str], str] | None = None
 NORMALISERS: dict[str, Callable[[str], str]] = {
-    "none": plain, "lower": lower, "letters": letters, "whisper-english": whisper_english,
+    "none": plain, "lower": lower, "letters": letters, "written": written,
+    "whisper-english": whisper_english,
 }  # fmt: skip
 
 

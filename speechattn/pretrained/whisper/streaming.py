@@ -22,21 +22,22 @@ from speechattn.pretrained.whisper.features import FrontEnd
 from speechattn.pretrained.whisper.model import SILENT_LEVEL, Whisper
 from speechattn.stream import Plan, Planned, Pointwise, Residual, Serial, Sliding, Spent, Stream
 
-__all__ = ["Convolution", "Floored", "Flow", "StreamingEncoder", "Turning", "front_end", "streaming", "turn", "weights"]
+__all__ = ["Convolution", "Floored", "Flow", "StreamingEncoder", "Turning", "circle", "front_end", "streaming", "turn",
+           "weights"]  # fmt: skip
 
 PERIOD = 1500  # frames of 20 ms: the 30 s that Whisper knows
 LONGEST_WAVE = 10_000.0
 
 
-class Floored(nn.Module):
+class Floored(Stream):
     """Logarithms [B, T, mels] -> about [-1, 1], as `scaled` of sound of usual loudness: the floor is a number."""
 
     def __init__(self, floor: float = SILENT_LEVEL) -> None:
         super().__init__()
         self.floor = floor
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ((x + 4.0) / 4.0).clamp(min=self.floor)
+    def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
+        return Frames.finite(((x.values + 4.0) / 4.0).clamp(min=self.floor), x.mask), state
 
 
 def front_end(mels: int = 80) -> Serial:
@@ -44,7 +45,7 @@ def front_end(mels: int = 80) -> Serial:
 
     The members are `mel`, the logarithms, and `level`.
     """
-    return Serial(mel=FrontEnd(mels), level=Pointwise(Floored()))
+    return Serial(mel=FrontEnd(mels), level=Floored())
 
 
 class Convolution(Sliding):
@@ -87,6 +88,11 @@ class Turning(Stream):
         return Frames.finite(x.values + self.table[at].to(x.values.dtype), x.mask), after
 
 
+def circle(stream: nn.Module) -> int | None:
+    """How many positions `Turning` inside `stream` has; None where there is none."""
+    return next((len(module.table) for module in stream.modules() if isinstance(module, Turning)), None)
+
+
 def turn(stream: nn.Module, first: int) -> None:
     """All `Turning` inside `stream` begin at this row of their tables. ValueError when there is none."""
     inner = [module for module in stream.modules() if isinstance(module, Turning)]
@@ -118,10 +124,7 @@ class StreamingEncoder(Encoder):
         super().__init__(stem, blocks, Pointwise(nn.LayerNorm(dim)), dim=dim)
 
     def listening(self, front_end: Stream) -> Flow:
-        """Samples [B, N] -> frames [B, T, dim], behind a `front_end`: what a live session steps.
-
-        Front-end and convolutions stand in one series: their two looks ahead of 10 ms are one frame of 20 ms.
-        """
+        """Front-end and convolutions stand in one series: their two looks ahead of 10 ms are one frame."""
         stem = [part for whole in (front_end, self.subsample) for part in members(whole)]
         return Flow(Serial(*stem), Serial(layers=self.layers, norm=self.norm))
 
