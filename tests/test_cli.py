@@ -50,9 +50,10 @@ def test_transcribe_writes_every_format(kind: str, speech: Path, tmp_path: Path)
 
 
 def test_transcribe_offline_says_the_same_words(speech: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["transcribe", str(speech)]) == 0
+    whisper = ["transcribe", str(speech), "--model", "tiny.en"]
+    assert main(whisper) == 0
     live = words(capsys.readouterr().out)
-    assert main(["transcribe", str(speech), "--offline"]) == 0
+    assert main([*whisper, "--offline"]) == 0
     offline = words(capsys.readouterr().out)
     said = {"my", "husband", "and", "i", "run", "this", "mission"}
     assert said <= set(live)
@@ -82,6 +83,8 @@ def test_stream_reads_raw_samples_from_a_pipe(speech: Path) -> None:
     assert b"mission" in done.stdout
 
 
+WHISPER = ["transcribe", "ok.wav", "--model", "tiny.en"]
+OURS = "speechattn/en-tiny-stream"
 BAD = [
     (["transcribe", "nothing.wav"], "nothing.wav: No such file"),
     (["transcribe", "empty.wav"], "the file is empty"),
@@ -91,21 +94,38 @@ BAD = [
     (["transcribe", "ok.wav", "ok.wav", "--output-dir", "o"], "overwrite"),
     (["transcribe", "ok.wav", "--model", "."], "no model.bin"),
     (["transcribe", "ok.wav", "--model", "tini"], "not one of tiny"),
-    (["transcribe", "ok.wav", "--language", "de"], "English only"),
-    (["transcribe", "ok.wav", "--task", "translate"], "English only"),
+    ([*WHISPER, "--language", "de"], "English only"),
+    ([*WHISPER, "--task", "translate"], "English only"),
     (["transcribe", "ok.wav", "--device", "cuda:7"], "cannot be used"),
     (["transcribe", "ok.wav", "--device", "toaster"], "cannot be used"),
-    (["transcribe", "ok.wav", "--policy", "local-agreement", "--frame-threshold", "3"], "belongs to alignatt"),
-    (["transcribe", "ok.wav", "--attn-layer", "1"], "belongs to alignatt-fbk"),
-    (["transcribe", "ok.wav", "--policy", "alignatt-fbk", "--attn-layer", "9"], "layers 0 to 3"),
-    (["transcribe", "ok.wav", "--frame-threshold", "-1"], "0 or more"),
-    (["transcribe", "ok.wav", "--min-chunk-size", "0"], "min_chunk_s"),
-    (["transcribe", "ok.wav", "--audio-max-len", "40"], "max_window_s"),
-    (["transcribe", "ok.wav", "--offline", "--min-chunk-size", "2"], "nothing with --offline"),
+    ([*WHISPER, "--policy", "local-agreement", "--frame-threshold", "3"], "belongs to alignatt"),
+    ([*WHISPER, "--attn-layer", "1"], "belongs to alignatt-fbk"),
+    ([*WHISPER, "--policy", "alignatt-fbk", "--attn-layer", "9"], "layers 0 to 3"),
+    ([*WHISPER, "--frame-threshold", "-1"], "0 or more"),
+    ([*WHISPER, "--min-chunk-size", "0"], "min_chunk_s"),
+    ([*WHISPER, "--audio-max-len", "40"], "max_window_s"),
+    ([*WHISPER, "--offline", "--min-chunk-size", "2"], "nothing with --offline"),
     (["transcribe", "ok.wav", "--threads", "0"], "at least 1"),
     (["transcribe", "ok.wav", "ok.wav", "--backend", "triton"], "cannot run with the backend triton: it needs CUDA"),
     (["transcribe", "ok.wav", "--backend", "window"], "run with the backend window: the pattern is not bounded"),
     (["stream", "ok.wav", "--fast", "--backend", "flex"], "run with the backend flex: it needs CUDA"),
+    ([*WHISPER, "--chunk-ms", "320"], "--chunk-ms does nothing with tiny.en, which reads windows"),
+    (["transcribe", "ok.wav", "--model", "speechattn/nobody"], f"no such model in this package, which has {OURS}"),
+    (["transcribe", "ok.wav", "--language", "de"], f"{OURS}: this model knows en, not de"),
+    (["transcribe", "ok.wav", "--task", "translate"], f"{OURS}: task translate belongs to Whisper"),
+    (["transcribe", "ok.wav", "--policy", "alignatt-fbk"], "for models that read windows"),
+    (["transcribe", "ok.wav", "--attn-layer", "1"], f"--attn-layer does nothing with {OURS}"),
+    (["transcribe", "ok.wav", "--min-chunk-size", "2"], f"--min-chunk-size does nothing with {OURS}"),
+    (["transcribe", "ok.wav", "--audio-max-len", "20"], f"--audio-max-len does nothing with {OURS}"),
+    (["stream", "ok.wav", "--fast", "--no-vad"], f"--no-vad does nothing with {OURS}"),
+    (["transcribe", "ok.wav", "--offline"], "--offline changes nothing for a model that streams"),
+    (["transcribe", "ok.wav", "--beam-size", "4"], "--beam-size 4: the search of this model has one hypothesis"),
+    (["transcribe", "ok.wav", "--chunk-ms", "330"], "a chunk of 330 ms: wanted a multiple of 20 ms"),
+    (["transcribe", "ok.wav", "--chunk-ms", "0"], "a chunk of 0 ms: wanted a multiple of 20 ms"),
+    (["stream", "ok.wav", "--fast", "--chunk-ms", "-640"], "a chunk of -640 ms: wanted a multiple"),
+    (["stream", "ok.wav", "--fast", "--chunk-ms", "12000"], "a chunk of 12000 ms: at most 10000 ms"),
+    (["attention", "ok.wav", "--task", "translate"], f"{OURS}: task translate belongs to Whisper"),
+    (["align", "ok.wav", "line.txt"], f"{OURS} has no CTC head, which alignment needs"),
     (["stream", "ok.wav", "--rate", "8000"], "does not go with a file"),
     (["stream", "-", "--rate", "0"], "--rate 0"),
     (["stream", "-", "--channels", "0"], "--channels 0"),
@@ -127,6 +147,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     Path("empty.wav").touch()
     Path("text.wav").write_text("hello\n" * 100)
+    Path("line.txt").write_text("hello\n")
     soundfile.write("zero.wav", np.zeros(0), 16000)
     soundfile.write("nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
     soundfile.write("ok.wav", np.random.default_rng(0).standard_normal(16000) * 0.01, 16000)
@@ -213,7 +234,8 @@ def test_a_closed_pipe_is_no_accident(speech: Path) -> None:
 def test_doctor_tells_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    for word in ("torch", "cuda", "model        tiny.en", "microphone", "lightning", "attention    window: yes"):
+    models = f"model        {OURS} (default): whole, ", "model        tiny.en"
+    for word in ("torch", "cuda", *models, "microphone", "lightning", "attention    window: yes"):
         assert word in said
     found = [line.split()[1] for line in said.splitlines() if line.startswith("attention ")]
     assert found == [f"{name}:" for name in BACKENDS]
@@ -260,7 +282,15 @@ def test_attention_is_computed_by_the_backend_that_is_asked_for(
 def test_demo_prints_the_numbers(fotaq: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--fast", "--clips", "6"]) == 0
     said = capsys.readouterr().out
-    for word in ("reason", "WER", "words against the script", "mean", "p95", "real-time factor"):
+    for word in (
+        f"{OURS}, chunks of 640 ms",
+        "reason",
+        "WER",
+        "words against the script",
+        "mean",
+        "p95",
+        "real-time factor",
+    ):
         assert word in said
 
 

@@ -106,6 +106,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert "folder to write" in capsys.readouterr().err
     assert main(["export", str(checkpoint(tmp_path / "c.ckpt")), str(tmp_path / "out")]) == 2
     assert "Python objects" in capsys.readouterr().err
+    other = str(checkpoint(tmp_path / "d.ckpt", config={"network": {}}))
+    assert main(["export", "--weights", "int8", other, str(tmp_path / "out")]) == 2
+    assert "--weights: for recognisers" in capsys.readouterr().err
 
 
 def test_a_folder_is_said_as_a_recipe_says_it() -> None:
@@ -137,6 +140,13 @@ def test_averaged_weights_are_exported_unless_the_last_are_wanted(
         assert main(["export", option, str(last), str(tmp_path / option)]) == 0
         want = read_checkpoint(last)[key]["model.heads.ctc.head.weight"]
         assert torch.equal(load_model(tmp_path / option).heads["ctc"].head.weight, want)
+    capsys.readouterr()
+    assert main(["export", "--weights", "int8", str(last), str(tmp_path / "small")]) == 0
+    assert "heads ctc" in capsys.readouterr().out
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("--ema", "small")]
+    assert sizes[1] < 0.6 * sizes[0]  # tensors are few and small: half of it are names
+    whole, small = (load_model(tmp_path / name).heads["ctc"].head.weight for name in ("--ema", "small"))
+    assert 0 < (whole - small).abs().max() <= whole.abs().max() / 254 * 1.001
     states = read_checkpoint(last)
     name = "model.heads.ctc.head.weight"
     assert not torch.equal(states["state_dict"][name], states["current_model_state"][name])

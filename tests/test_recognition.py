@@ -142,7 +142,7 @@ def test_a_long_stream_costs_what_a_short_one_costs(model: Recognizer, kind: str
     rounds, sizes = [], []
     for _ in range(4):
         rounds.append(session.feed(sound, RATE))
-        sizes.append(sum(leaf.numel() for leaf in tree.leaves(session.listener.row)))  # type: ignore[union-attr]
+        sizes.append(sum(leaf.numel() for leaf in tree.leaves(session.listener.place.row)))  # type: ignore[union-attr]
     reference = [" ".join(line["text"] for line in USUAL)]
     rates = [word_errors(reference, [text(events)], normalise="none").rate for events in rounds]
     assert max(rates) <= 0.06, rates
@@ -186,7 +186,7 @@ def test_silence_is_forgotten(model: Recognizer, kind: str) -> None:
     session, sizes = Session(model, search=model.search(kind, beam_size=2)), []
     for _ in range(6):
         session.feed(np.zeros(5 * RATE, np.float32), RATE)
-        sizes.append(sum(leaf.numel() for leaf in tree.leaves(session.listener.row)))  # type: ignore[union-attr]
+        sizes.append(sum(leaf.numel() for leaf in tree.leaves(session.listener.place.row)))  # type: ignore[union-attr]
     assert max(sizes) - min(sizes) <= 64 * 30
 
 

@@ -128,7 +128,7 @@ def test_memory_does_not_grow() -> None:
     made, sizes = session(), []
     for _ in range(40):
         made.feed(sound(" some words that go on and on2"), RATE)
-        row = made.listener.row  # type: ignore[attr-defined]
+        row = made.listener.place.row  # type: ignore[attr-defined]
         sizes.append(row.beam.said.tokens.shape[2])
     assert max(sizes[20:]) <= max(sizes[:20])
 

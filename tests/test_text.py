@@ -4,7 +4,7 @@ import pytest
 from test_whisper import package_folder
 
 from speechattn.errors import ModelError
-from speechattn.live.guard import loop_start
+from speechattn.search.loops import loop_start
 from speechattn.text.tokenizer import Tokenizer
 
 

@@ -27,7 +27,7 @@ from speechattn.task.checkpoint import weights_of
 from speechattn.text.pieces import BLANK, END, MARK, UNKNOWN, Pieces
 from speechattn.text.tokenizer import Tokenizer
 
-ENGLISH = re.compile(rf"{MARK}?([A-Za-zÀ-ÿ]+|[0-9]+|[.,!?;:'\"()&%$£€\-/]|\.\.\.|'[a-z]{{1,2}}|--)?")
+ENGLISH = re.compile(rf"{MARK}?([A-Za-zÀ-ÿ]+|[0-9]+|'[a-z]{{1,2}}|[.,!?;:'\"()&%$£€\-/]{{1,3}})?")
 
 
 def english(tokenizer: Tokenizer, most: int) -> Iterator[tuple[str, int]]:
@@ -94,14 +94,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="to write")
     parser.add_argument("--model", default="tiny.en", help="the Whisper; one that knows English only")
     parser.add_argument("--encoder", type=Path, help="checkpoint of `EncoderDistillation`")
-    parser.add_argument("--tokens", type=int, default=20_000, help="of Whisper's vocabulary")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of Whisper's vocabulary")
     parser.add_argument("--left", type=int, default=400, help="frames of 20 ms before each chunk")
     parser.add_argument("--chunk", type=int, default=32, help="frames of 20 ms")
     parser.add_argument("--whole", action="store_true", help="the encoder hears everything")
     given = parser.parse_args()
     model = load(given.model)
     found = dict(english(model.tokenizer, given.tokens))
-    tokenizer = Pieces([BLANK, UNKNOWN, *found, END])
+    tokenizer = Pieces([BLANK, UNKNOWN, *found, END], ranked=True)
     said = config(model.network, tokenizer.size, left=given.left, chunk=given.chunk, whole=given.whole)
     torch.manual_seed(0)
     made = from_config(said, tokenizer)

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{options.text}: {getattr(error, 'strerror', None) or error}") from error
     model = build_model(options)
-    if not isinstance(model, Recognizer):
+    if not isinstance(model, Recognizer) or "ctc" not in model.heads:
         raise InputError(f"{options.model} has no CTC head, which alignment needs: give a model folder with --model")
     bar = tqdm(
         total=round(recording.duration_s, 1), unit="s", desc=recording.path.name,

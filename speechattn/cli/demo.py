@@ -19,7 +19,9 @@ from speechattn.data.streams import Stream, join, read_word_ends
 from speechattn.errors import InputError
 from speechattn.live.events import Event
 from speechattn.live.session import Session
+from speechattn.live.streaming import Streaming
 from speechattn.model import load_model
+from speechattn.model.load import DEFAULT
 from speechattn.score.lag import measure_lag
 from speechattn.score.wer import word_errors
 
@@ -63,18 +65,26 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--clips {options.clips}: at least 1")
     stream = None if options.file else dialogue(options.clips)
     torch.set_num_threads(1)
-    model = load_model("tiny.en")
+    model = load_model()
     display = Both(Terminal() if sys.stdout.isatty() else Plain())
     session = Session(model)
     if stream is None:
         recording = open_recording(Path(options.file))
+        print(f"{recording.path.name}, {recording.duration_s:.0f} s; {heard_by(session)}\n")
         play(session, recording.blocks(), recording.rate, display, paced=not options.fast)
         print(f"\nreal-time factor {display.busy_s / session.audio_s:.2f}")
         return 0
-    print(f"Flight of the Amazon Queen, dialogue {stream.name}, {stream.duration_s:.0f} s, Whisper tiny.en, AlignAtt\n")
+    print(f"Flight of the Amazon Queen, dialogue {stream.name}, {stream.duration_s:.0f} s; {heard_by(session)}\n")
     play(session, blocks(stream), RATE, display, paced=not options.fast)
     report(stream, display, session)
     return 0
+
+
+def heard_by(session: Session) -> str:
+    """The model, and how much sound it waits for."""
+    listener = session.listener
+    assert isinstance(listener, Streaming)
+    return f"{DEFAULT}, chunks of {1e3 * listener.block / session.model.sample_rate:.0f} ms"
 
 
 def dialogue(clips: int) -> Stream:

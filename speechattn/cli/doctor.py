@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name:<12} {found}")
     from speechattn.pretrained.whisper.load import NAMES, local
 
+    print(f"{'model':<12} {own()}")
     for name in NAMES:
         place = local(name)
         if place:
@@ -47,6 +48,19 @@ def run(options: argparse.Namespace) -> int:
     print(f"{'kernels':<12} {kernels()}")
     print(attempt(microphones))
     return 0
+
+
+def own() -> str:
+    """The model that commands use where none is named: where it is, and whether its files are whole."""
+    from speechattn.model.load import DEFAULT, load_model, located
+
+    try:
+        load_model()
+    except SpeechAttnError as error:
+        return f"{DEFAULT}: broken, install speechattn again: {error}"
+    place = located(DEFAULT)
+    size = sum(path.stat().st_size for path in place.iterdir())
+    return f"{DEFAULT} (default): whole, {size / 1e6:.0f} MB, {place}"
 
 
 def backends() -> Iterator[tuple[str, str]]:

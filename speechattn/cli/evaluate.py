@@ -18,6 +18,7 @@ from speechattn.errors import InputError
 from speechattn.live.session import Session
 from speechattn.live.streaming import Streaming
 from speechattn.model import Recognizer
+from speechattn.model.load import DEFAULT, located
 from speechattn.pretrained.whisper import WhisperModel
 from speechattn.score.evaluation import Evaluation, aligned_table, write_texts
 from speechattn.score.journal import Journal, fingerprint
@@ -43,7 +44,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate", help="a model on a manifest, offline and streamed side by side", allow_abbrev=False
     )
-    parser.add_argument("model", metavar="MODEL", help="name or path, as --model of other commands")
+    parser.add_argument(
+        "model", nargs="?", default=DEFAULT, metavar="MODEL",
+        help=f"name or path, as --model of other commands (default {DEFAULT})",
+    )  # fmt: skip
     parser.add_argument("manifest", metavar="MANIFEST", help="cuts of lhotse (.jsonl.gz), or JSONL of {audio, text}")
     parser.add_argument("--output-dir", "-o", metavar="DIR", help="results and report; the same command goes on there")
     parser.add_argument("--metric", choices=("wer", "bleu"), help="default: bleu for --task translate, else wer")
@@ -172,7 +176,7 @@ def settings(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     for name in ("model", "manifest", "hotwords_file"):  # the same file from another folder is the same
         if said[name] is not None and Path(said[name]).expanduser().exists():
             said[name] = str(Path(said[name]).expanduser().resolve())
-    said["contents of the model"] = fingerprint(options.model, but=place)
+    said["contents of the model"] = fingerprint(located(options.model), but=place)
     said["contents of the manifest"] = fingerprint(options.manifest)
     if options.hotwords_file is not None:
         said["contents of the hotwords"] = fingerprint(options.hotwords_file)

@@ -12,6 +12,7 @@ from torch import nn
 
 from speechattn.errors import InputError
 from speechattn.model import Recognizer
+from speechattn.model.stored import KINDS
 
 __all__ = ["add_parser"]
 
@@ -31,6 +32,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prune", action="store_true", help="without heads and hidden units whose gates are closed")
     parser.add_argument(
         "--split", type=float, metavar="SHARE", help="of DuoAttention's heads, those with the lowest gates, that forget"
+    )
+    parser.add_argument(
+        "--weights", choices=KINDS, help="bfloat16: half the size; int8: a quarter, each row of a matrix with a scale"
     )
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="whose classes the model uses")
     parser.set_defaults(run=run)
@@ -55,14 +59,14 @@ def run(options: argparse.Namespace) -> int:
         sys.path.append(os.getcwd())  # where plugins are
     told = f"from {', '.join(path.name for path in paths)}"
     if "network" in about_of(paths[-1])["config"]:
-        if options.prune or options.split is not None:
-            raise InputError("--prune and --split: for recognisers, this is a language model")
+        if options.prune or options.split is not None or options.weights is not None:
+            raise InputError("--prune, --split and --weights: for recognisers, this is a language model")
         network = export_language_model(paths, folder, options.plugin, ema=options.ema)
         print(f"{folder}: language model, {size(network):,} parameters, {network.vocab} tokens, {told}")
         return 0
     model = changed(export(paths, folder, options.plugin, ema=options.ema), options)
-    if options.prune or options.split is not None:
-        save_model(model, folder)
+    if options.prune or options.split is not None or options.weights is not None:
+        save_model(model, folder, options.plugin, weights=options.weights or "float32")
     heads = ", ".join(model.heads)
     print(f"{folder}: {size(model):,} parameters, heads {heads}, {model.tokenizer.size} tokens, {told}")
     return 0

@@ -21,12 +21,15 @@ from speechattn.live.session import Session, choose_backend
 from speechattn.live.streaming import Streaming
 from speechattn.live.windowed import Settings, Windowed
 from speechattn.model import Recognizer, load_model
+from speechattn.model.chunks import set_chunk
+from speechattn.model.load import DEFAULT
 from speechattn.model.searches import SEARCHES
 from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
 from speechattn.policy.local_agreement import LocalAgreement
 from speechattn.pretrained.whisper import WhisperModel
 from speechattn.pretrained.whisper.load import FRAME_THRESHOLD
+from speechattn.search import Search
 
 __all__ = [
     "add_backend_option", "add_model_options", "add_running_options", "add_session_options", "build_live_model",
@@ -35,16 +38,19 @@ __all__ = [
 
 NEVER_S = 1e9
 POLICIES = ("alignatt", "alignatt-fbk", "local-agreement")
+STREAMING_POLICY = ("policy", "frame_threshold")  # where a search tells where its attention looks
 WINDOWS = ("policy", "frame_threshold", "attn_layer", "min_chunk_size", "audio_max_len", "no_vad")
-STREAMS = ("search", "beam_size", "hotwords_file", "hotwords_score", "silence")
+STREAMS = ("chunk_ms", "search", "beam_size", "hotwords_file", "hotwords_score", "silence")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, where, in which language."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="tiny.en", help="name or path: a model folder, OpenAI .pt, Hugging Face or CTranslate2"
-    )
+        "--model", default=DEFAULT,
+        help="name or path: a model folder, or a Whisper (tiny.en, OpenAI .pt, Hugging Face, CTranslate2); "
+        f"default {DEFAULT}, which is here",
+    )  # fmt: skip
     add_running_options(group)
 
 
@@ -70,7 +76,7 @@ def add_backend_option(parser: argparse.ArgumentParser) -> None:
 
 def add_session_options(parser: argparse.ArgumentParser) -> None:
     """When words are committed, and which."""
-    group = parser.add_argument_group("policy (models that read windows of sound, as Whisper)")
+    group = parser.add_argument_group("policy (models that read windows of sound; the first two: search aligned, too)")
     group.add_argument("--policy", choices=POLICIES, help="default alignatt")
     group.add_argument(
         "--frame-threshold", type=int, metavar="N",
@@ -85,6 +91,9 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-vad", action="store_true", default=None, help="everything is speech")
     group = parser.add_argument_group("search (models that stream)")
+    group.add_argument(
+        "--chunk-ms", type=int, metavar="MS", help="wait for so much sound; fewer are faster, more are more often right"
+    )
     group.add_argument("--search", choices=tuple(SEARCHES), help="default: the best that the model's heads allow")
     group.add_argument("--beam-size", "--beams", type=int, metavar="K", help="hypotheses (default 10; 1 is greedy)")
     group.add_argument("--hotwords-file", metavar="FILE", help="phrases to prefer, one a line, as plain text")
@@ -119,9 +128,12 @@ def build_session(
     options: argparse.Namespace, model: Recognizer | WhisperModel, *, offline: bool = False
 ) -> Session:  # fmt: skip
     """A session as the options say; InputError for those that this kind of model does not have."""
+    if options.chunk_ms is not None and isinstance(model, Recognizer):
+        set_chunk(model, options.chunk_ms)
     reader = model.windowed() if isinstance(model, Recognizer) and model.listening.plan().block is None else model
     if isinstance(reader, Recognizer):
-        refuse(options, WINDOWS, "streams")
+        windows = [name for name in WINDOWS if name not in STREAMING_POLICY]
+        refuse(options, windows, "streams: it is for models that read windows, as --model tiny.en")
         if offline:
             raise InputError("--offline changes nothing for a model that streams: it hears live what it hears offline")
         return build_stream(options, reader)
@@ -147,8 +159,27 @@ def build_stream(options: argparse.Namespace, model: Recognizer) -> Session:
     search = model.search(
         options.search, phrases=phrases, **{name: value for name, value in given.items() if value is not None}
     )
+    if search.size == 1 and options.beam_size not in (None, 1):
+        raise InputError(f"--beam-size {options.beam_size}: the search of this model has one hypothesis; see --search")
     settings = StreamSettings() if options.silence is None else StreamSettings(silence_s=options.silence)
-    return Session(model, settings=settings, search=search)
+    return Session(model, settings=settings, search=search, policy=build_streaming_policy(options, search))
+
+
+def build_streaming_policy(options: argparse.Namespace, search: Search) -> Policy | None:
+    """The policy that the options name; None: the one that the search is used to. InputError for one that it cannot."""
+    name, threshold = options.policy, options.frame_threshold
+    if not search.heads:
+        refuse(options, STREAMING_POLICY, "streams; of its searches, aligned takes one")
+        return None
+    if name == "alignatt-fbk":
+        raise InputError(f"--policy {name} is for models that read windows; {options.model} streams: alignatt")
+    if name == "local-agreement":
+        if threshold is not None:
+            raise InputError("--frame-threshold belongs to alignatt; local-agreement has no such setting")
+        return LocalAgreement()
+    if threshold is not None and threshold < 0:
+        raise InputError(f"--frame-threshold {threshold}: 0 or more frames")
+    return None if threshold is None else AlignAtt.whisper(search.heads, threshold)
 
 
 def read_phrases(path: Path) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import ceil, exp
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,26 +18,16 @@ from speechattn.live.endings import Limits, StreamSettings
 from speechattn.live.events import Word
 from speechattn.live.listener import Decision, StreamModel
 from speechattn.live.report import Report
+from speechattn.live.rows import Place, Row, Rows, joined
 from speechattn.policy import Policy, Source
+from speechattn.policy.align_att import AlignAtt
 from speechattn.search import Beam, Draft, Hypothesis, Search
 from speechattn.text.pieces import spelled
-from speechattn.tree import node
 
 __all__ = ["Streaming", "listen"]
 
-
-@node
-class Row:
-    """One stream for each row: states of encoder and search, and three counts of frames [B].
-
-    `quiet` since something was said, `since` the search began, and `spoke` how often something was said since then.
-    """
-
-    stream: Any
-    beam: Beam
-    quiet: Tensor
-    since: Tensor
-    spoke: Tensor
+NOTHING = Hypothesis((), 0.0, (), ())
+THRESHOLD = 12  # frames
 
 
 class Streaming:
@@ -48,18 +37,12 @@ class Streaming:
         self, model: StreamModel, *, policy: Policy | None = None, settings: StreamSettings | None = None,
         search: Search | None = None,
     ) -> None:  # fmt: skip
-        if policy is not None and policy.heads:
-            raise InputError(
-                f"{type(policy).__name__} looks at attention, which the search of this model does not give"
-            )
         self.search = search or model.search()
-        if policy is not None and not self.search.prompt:
-            raise InputError(f"{type(self.search).__name__} lags behind the sound: it takes no policy")
-        self.model, self.policy = model, policy
+        self.model, self.policy = model, suited(policy, self.search)
         self.settings = settings or StreamSettings()
         self.frame_s = model.frame_s  # which takes a while to work out
         self.limits = Limits.of(self.settings, self.frame_s)
-        self.state = None if policy is None else policy.initial()
+        self.state = None if self.policy is None else self.policy.initial()
         plan = model.listening.plan()
         if plan.block is None:
             raise InputError("the encoder of this model needs the whole utterance: it cannot listen live")
@@ -68,7 +51,7 @@ class Streaming:
         self.silent = 0  # invalid samples at the end of what waits
         self.heard = self.first = 0  # samples; tokens that were committed
         self.tail = ""
-        self.row: Row | None = None
+        self.place: Place | None = None
         self.root: int | None = None
         self.report = Report(() if self.search.phrases is None else self.search.phrases.lines)
         self.until = 0.0  # where the last word ends
@@ -84,8 +67,9 @@ class Streaming:
         found = spelled(phrases, self.model.tokenizer, spaceless=self.model.spaceless)
         tokens = [s for phrase in found for s in phrase.spellings]
         before, self.root = self.root, book.add(tokens)
-        if self.row is not None:
-            self.row = replace(self.row, beam=self.search.bias(self.row.beam, self.root))
+        if self.place is not None:
+            row = self.place.row
+            self.place = Place(Rows(replace(row, beam=self.search.bias(row.beam, self.root)), 1), 0)
         self.report = Report(phrases)
         if before is not None:
             book.remove(before)
@@ -140,10 +124,11 @@ class Streaming:
     @torch.inference_mode()
     def last(self) -> Decision | None:
         """The end of the stream: everything is decided."""
-        if self.row is None:
+        if self.place is None:
             return None
-        best = answers(self.search, self.search.finish(self.row.beam))[0]
-        spoke, self.row = int(self.row.spoke[0]) > 0, None
+        row, self.place = self.place.row, None
+        spoke = int(row.spoke[0]) > 0
+        best = answers(self.search, self.search.finish(row.beam))[0] if spoke else NOTHING
         return self.closing(best, spoke)
 
     def closing(self, best: Hypothesis, spoke: bool) -> Decision | None:
@@ -154,21 +139,16 @@ class Streaming:
         self.state = None if self.policy is None else self.policy.initial()
         return Decision(words, final=True) if words or spoke or before else None
 
-    def safe(self, best: Hypothesis, agreed: int, frames: int, quiet: int) -> int:
-        """Tokens of the best hypothesis that may be committed now: whole words."""
+    def safe(self, best: Hypothesis, agreed: int, frames: int, quiet: int, draft: Draft | None = None) -> int:
+        """Tokens of the best hypothesis that may be committed now: whole words.
+
+        Without a policy those that are `agreed` upon; else what it says of the same as a `draft`.
+        """
         paused = quiet >= self.limits.pause and self.search.prompt
         if self.policy is not None:
-            nothing = torch.zeros(0, len(best.tokens) + 1, frames)
-            draft = Draft(
-                torch.tensor(best.tokens, dtype=torch.long),
-                torch.tensor(best.log_probs),
-                nothing,
-                (),
-                self.first,
-                False,
-            )
+            assert draft is not None
             source = Source(frames, self.frame_s, finished=False, paused=paused)
-            agreed, self.state = self.policy.accept(draft, source, self.state)
+            agreed, self.state = self.policy.accept(replace(draft, first=self.first), source, self.state)
         old = (i for i, (_, end) in enumerate(best.spans) if end > frames - self.limits.patience)
         agreed = max(agreed, next(old, len(best.tokens)))
         if paused and agreed == len(best.tokens):
@@ -209,14 +189,14 @@ def listen(listeners: Sequence[Streaming]) -> list[list[Decision]]:
     """One step of those that are ready, which share model and search, as one batch."""
     model = listeners[0].model
     sound = [one.take() for one in listeners]
-    rows = [one.row or begin(one, x) for one, x in zip(listeners, sound, strict=True)]
+    row = joined([one.place or Place(Rows(begin(one, x), 1), 0) for one, x in zip(listeners, sound, strict=True)])
     x = Frames(torch.cat([x.values for x in sound]), torch.cat([x.mask for x in sound]))
-    row = tree.concat(rows) if len(rows) > 1 else rows[0]
     frames, stream = model.listening.step(x, row.stream)
     decisions = [list[Decision]() for _ in listeners]
     row = replace(search_on(listeners, frames, row, decisions), stream=stream)
-    for one, part in zip(listeners, tree.split(row) if len(rows) > 1 else [row], strict=True):
-        one.row = part
+    rows = Rows(row, len(listeners))
+    for i, one in enumerate(listeners):
+        one.place = Place(rows, i)
     return decisions
 
 
@@ -257,9 +237,12 @@ def search_on(listeners: Sequence[Streaming], frames: Frames, row: Row, decision
             beam = restarted(listeners, frames, beam, over, counts, decisions)
     best, read, room = answers(search, beam), beam.frames.tolist(), search.room(beam).tolist()
     agreed = beam.agreed(listeners[0].settings.certainty).tolist()
+    asked = any(one.policy is not None for one in listeners)
+    drafts = search.looks(beam) if asked else [None] * len(listeners)
     n = []
     for i, one in enumerate(listeners):
-        n.append(one.safe(best[i], agreed[i], read[i], counts[i][0]))
+        best[i] = best[i] if counts[i][2] else NOTHING
+        n.append(one.safe(best[i], agreed[i], read[i], counts[i][0], drafts[i]) if counts[i][2] else 0)
         decision = one.decide(best[i], n[i])
         decisions[i] += [] if decision is None else [decision]
         counts[i][1] = max(counts[i][1], one.limits.weary(room[i]))
@@ -267,9 +250,25 @@ def search_on(listeners: Sequence[Streaming], frames: Frames, row: Row, decision
     return Row(row.stream, search.commit(beam, torch.tensor(n, device=quiet.device)), quiet, since, spoke)
 
 
+def suited(policy: Policy | None, search: Search) -> Policy | None:
+    """The policy, or AlignAtt where nobody gives one to a search that tells where it looks; InputError."""
+    if policy is None:
+        return AlignAtt.whisper(search.heads, THRESHOLD) if search.heads else None
+    if missing := [head for head in policy.heads if head not in search.heads]:
+        shown = f"gives only heads {list(search.heads)}" if search.heads else "does not give"
+        raise InputError(
+            f"{type(policy).__name__} looks at attention of heads {missing}, which {type(search).__name__} {shown}"
+            if search.heads
+            else f"{type(policy).__name__} looks at attention, which the search of this model {shown}"
+        )
+    if not search.prompt:
+        raise InputError(f"{type(search).__name__} lags behind the sound: it takes no policy")
+    return policy
+
+
 def answers(search: Search, beam: Beam) -> list[Hypothesis]:
     """The best hypothesis of each row; one that says nothing where there is none."""
-    return [best[0] if best else Hypothesis((), 0.0, (), ()) for best in search.hypotheses(beam)]
+    return [best[0] if best else NOTHING for best in search.hypotheses(beam)]
 
 
 def between(frames: Frames, first: Sequence[int], last: Sequence[int]) -> Frames:
@@ -286,8 +285,10 @@ def restarted(
 ) -> Beam:  # fmt: skip
     """Rows whose utterance is over say all of it, and their search begins anew."""
     search, rows = listeners[0].search, [i for i, end in enumerate(over) if end]
-    for i, best in zip(rows, answers(search, search.finish(tree.select(beam, rows))), strict=True):
-        decision = listeners[i].closing(best, counts[i][2] > 0)
+    spoke = [i for i in rows if counts[i][2]]
+    best = dict(zip(spoke, answers(search, search.finish(tree.select(beam, spoke))), strict=True)) if spoke else {}
+    for i in rows:
+        decision = listeners[i].closing(best.get(i, NOTHING), i in best)
         decisions[i] += [] if decision is None else [decision]
         counts[i][1:] = 0, 0
     fresh: Beam = tree.where(

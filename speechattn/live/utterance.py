@@ -13,12 +13,12 @@ import torch
 from speechattn.audio.hearing import Hearing
 from speechattn.audio.resample import Samples
 from speechattn.live.events import Word
-from speechattn.live.guard import loop_start
 from speechattn.live.listener import Decision, WindowModel
 from speechattn.live.timing import token_spans
 from speechattn.policy import Policy, Source
 from speechattn.policy.align_att import focus
 from speechattn.search import Draft
+from speechattn.search.loops import loop_start
 
 __all__ = ["Utterance"]
 

@@ -12,12 +12,14 @@ from torch import nn
 from speechattn.audio.resample import HIGHEST_RATE, LOWEST_RATE
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
+from speechattn.decoder.letters import Letters
 from speechattn.decoder.segmental import Segmental
 from speechattn.decoder.transducer import Transducer
 from speechattn.errors import ModelError
 from speechattn.frames import Frames
 from speechattn.model.config import build, read_yaml
 from speechattn.model.recognizer import Recognizer
+from speechattn.model.stored import Unfilled, compact, read_weights
 from speechattn.pretrained.weights import check
 from speechattn.search.language_model import LanguageModel
 from speechattn.stream import Stream
@@ -76,7 +78,7 @@ def from_config(
 
 def says(head: nn.Module) -> int | None:
     """How many tokens a head knows."""
-    if isinstance(head, CTC):
+    if isinstance(head, CTC) and not isinstance(head, Letters):
         return head.head.out_features
     if isinstance(head, Transducer):
         return head.joint.out.out_features
@@ -102,28 +104,29 @@ def try_out(model: Recognizer, where: str) -> None:
 
 def load_folder(path: Path, plugins: Sequence[str] = ()) -> Recognizer:
     """The model of a folder; every tensor must be there, and no other."""
-    from safetensors.torch import load_file
-
-    model = from_config(read_yaml(path / CONFIG), Pieces.load(path), where=str(path / CONFIG), plugins=plugins)
-    try:
-        tensors = load_file(path / WEIGHTS)
-    except Exception as error:
-        raise ModelError(f"{path / WEIGHTS}: not safetensors ({str(error)[:200]})") from error
+    config, tokenizer = read_yaml(path / CONFIG), Pieces.load(path)
+    with Unfilled():
+        model = from_config(config, tokenizer, where=str(path / CONFIG), plugins=plugins)
+    tensors = read_weights(path / WEIGHTS, model.state_dict())
     check(path / WEIGHTS, model, tensors, "the model of this config.yaml")
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
 
 
-def save_model(model: Recognizer, path: Path, plugins: Sequence[str] = ()) -> None:
-    """Write the folder; ModelError when the model does not know its configuration."""
+def save_model(model: Recognizer, path: Path, plugins: Sequence[str] = (), *, weights: str = "float32") -> None:
+    """Write the folder, with `weights` in float32, bfloat16 or int8 (see `stored`); they are read as float32.
+
+    ModelError when the model does not know its configuration; InputError for other weights.
+    """
     import yaml
     from safetensors.torch import save_file
 
     if model.config is None:
         raise ModelError("a model that was not built from a configuration cannot be written as one; use from_config")
+    tensors = compact(model.state_dict(), weights)
     path.mkdir(parents=True, exist_ok=True)
     (path / CONFIG).write_text(yaml.safe_dump(model.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, path / WEIGHTS)
+    save_file(tensors, path / WEIGHTS)
     model.tokenizer.save(path)
     with torch.no_grad():
         load_folder(path, plugins)  # what cannot be read again is no model

@@ -106,7 +106,7 @@ class Recognizer(nn.Module):
         `phrases` are preferred by `bonus`, a log-probability for each token; with an empty list there are none yet,
         and a session can `prefer` some later. InputError for what cannot be done.
         """
-        known = possible(self.heads)
+        known = possible(self.heads, streams=self.listening.plan().block is not None)
         kind = known[0] if kind is None and known else str(kind)
         if kind not in known:
             raise InputError(f"search {kind}: this model's heads allow {', '.join(known) or 'none'}")

@@ -9,6 +9,7 @@ from torch import nn
 
 from speechattn.errors import InputError, ModelError
 from speechattn.search import Search
+from speechattn.search.aligned import AlignedGreedy
 from speechattn.search.attention import AttentionScorer
 from speechattn.search.cass_nat import CassNat
 from speechattn.search.ctc import CTCGreedy, CTCPrefixBeam
@@ -24,13 +25,15 @@ from speechattn.search.transducer import TransducerBeam, TransducerGreedy
 from speechattn.search.triggered import TriggeredBeam
 from speechattn.text.pieces import Pieces
 
-__all__ = ["SEARCHES", "SOURCE", "Kind", "possible"]
+__all__ = ["LETTERS", "SEARCHES", "SOURCE", "Kind", "possible"]
 
+LETTERS = "letters"  # a CTC head of letters, which no search says: it hears where nobody speaks
 SOURCE = "source"  # a translator's CTC head of what was said: no search says its text
 CTC_WEIGHT = 0.3
 LENGTH_WEIGHT = 0.1  # of a reward for each token, in a beam of more than one; with 0.5 a text may never end
 MOST = 2.0  # tokens for each frame; a translation may be longer than what was said
 SAMPLES = 50
+SUBWORDS = 1000  # pieces of a vocabulary of which at most 8 are said in a second
 
 
 class Kind(Protocol):
@@ -113,6 +116,23 @@ class ByAttention:
         return JointBeam(scorers, size, eos=end, most=MOST, never=sorted(tokenizer.special - {end}))
 
 
+class ByAlignment:
+    """Greedily with attention alone, while it is heard; where attention looks tells what is certain."""
+
+    needs: tuple[str, ...] = ("attention",)
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """One hypothesis, whatever the size; behind committed words a word begins, where marks say so."""
+        if phrases is not None:
+            raise InputError("search aligned takes no phrases")
+        end = ending(tokenizer)
+        next_ = [i for i, begins in enumerate(tokenizer.begins) if not begins] if tokenizer.space else []
+        return AlignedGreedy(
+            heads["attention"], sos=end, eos=end, never=sorted(tokenizer.special - {end}), never_next=next_,
+            most=0.16 if tokenizer.size >= SUBWORDS else 1.0,
+        )  # fmt: skip
+
+
 class ByMonotonicHeads:
     """Label by label, each as soon as monotonic heads have heard enough of it."""
 
@@ -189,10 +209,15 @@ def ending(tokenizer: Pieces) -> int:
 SEARCHES: Mapping[str, Kind] = {
     "transducer": ByTransducer(), "joint": Jointly(), "monotonic": ByMonotonicHeads(), "segmental": BySegments(),
     "ctc": ByCTC(), "rescored": InTwoPasses(), "triggered": ByTriggers(), "time_synchronous": InTime(),
-    "cass_nat": AtOnce(), "attention": ByAttention(),
+    "cass_nat": AtOnce(), "attention": ByAttention(), "aligned": ByAlignment(),
 }  # fmt: skip
 
 
-def possible(heads: nn.ModuleDict) -> Sequence[str]:
-    """The names of those that the heads allow, the best first."""
-    return [name for name, kind in SEARCHES.items() if all(head in heads for head in kind.needs)]
+def possible(heads: nn.ModuleDict, *, streams: bool = True) -> Sequence[str]:
+    """The names of those that the heads allow, the best first.
+
+    Attention alone follows an encoder that `streams` where a head of letters hears the ends of utterances.
+    """
+    names = [name for name, kind in SEARCHES.items() if all(head in heads for head in kind.needs)]
+    live = streams and LETTERS in heads and names[:1] == ["attention"]
+    return ["aligned", *(name for name in names if name != "aligned")] if live else names

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from speechattn.decoder.attention import Head
 from speechattn.frames import Frames
+from speechattn.search.draft import Draft
 from speechattn.search.phrases import Phrases
 from speechattn.tree import node
 
@@ -139,6 +141,7 @@ class Search:
     size: int = 1  # hypotheses kept
     phrases: Phrases | None = None  # that are preferred
     prompt: bool = True  # its hypotheses say what was heard so far; else they may lag behind
+    heads: tuple[Head, ...] = ()  # whose attention `looks` gives
 
     def start(self, x: Frames) -> Beam:
         """Nothing said, for the rows, type and device of `x` [B, T, D]; its frames are not read."""
@@ -202,6 +205,18 @@ class Search:
             ]
             for b in range(len(length))
         ]  # fmt: skip
+
+    def looks(self, beam: Beam) -> list[Draft]:
+        """The best hypothesis of each row, as far as it is not committed, as a policy wants to see it.
+
+        With where `heads` looked, at frames since the search began; `first` counts nothing.
+        """
+        drafts = []
+        for found, frames in zip(self.hypotheses(beam), beam.frames.tolist(), strict=True):
+            tokens, log_probs = (found[0].tokens, found[0].log_probs) if found else ((), ())
+            weights = torch.zeros(0, len(tokens) + 1, frames)
+            drafts.append(Draft(torch.tensor(tokens, dtype=torch.long), torch.tensor(log_probs), weights, (), 0, False))
+        return drafts
 
     @torch.inference_mode()
     def decode(self, x: Frames) -> list[list[Hypothesis]]:

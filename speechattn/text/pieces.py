@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from math import exp
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,6 +25,9 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # as SentencePiece writ
 LIST = "tokens.txt"
 BACKEND = "bpe.model"
 LEXICON = "lexicon.txt"
+MERGES = "merges.txt"
+RANKED = "by rank\n"  # all that this file says
+RUNS = re.compile(rf"'(?:s|t|re|ve|m|ll|d)|{MARK}?(?:[^\W\d_]+|\d+|(?:[^\w{MARK}]|_)+)|{MARK}")  # none of two kinds
 
 
 class Pieces:
@@ -31,13 +35,17 @@ class Pieces:
 
     A piece that begins with "▁" (or with a space) begins a word; where no piece has either, text has no spaces.
     `encode` takes the longest piece that fits, again and again, or asks the SentencePiece `model` that made the
-    pieces. Where all of `BYTES` are pieces, a letter that no piece spells is its UTF-8 bytes; if they are all there
+    pieces. Those that are `ranked` stand in the order in which byte pair encoding found them: the two neighbours whose
+    piece stands first become one, again and again, within a run of letters, digits or signs (GPT-2's, and Whisper's).
+    Where all of `BYTES` are pieces, a letter that no piece spells is its UTF-8 bytes; if they are all there
     is, a word begins with the byte of its space, and so does the first. With a `lexicon`, text is what it says of its
     words. Law: where `encode` finds no `<unk>`, `decode` gives the text back (with a lexicon, its phones), up to
     spaces: those at its ends go and several become one.
     """
 
-    def __init__(self, pieces: Sequence[str], *, model: Path | None = None, lexicon: Lexicon | None = None) -> None:
+    def __init__(
+        self, pieces: Sequence[str], *, model: Path | None = None, lexicon: Lexicon | None = None, ranked: bool = False
+    ) -> None:  # fmt: skip
         if not pieces or pieces[0] != BLANK:
             raise ModelError(f"the first of the {len(pieces)} pieces is not {BLANK}")
         if len({*pieces}) < len(pieces):
@@ -48,7 +56,9 @@ class Pieces:
         if END in pieces[:-1]:
             raise ModelError(f"{END} is piece {pieces.index(END)}, but must be the last")
         self.pieces = tuple(pieces)
-        self.model, self.lexicon = model, lexicon
+        if ranked and (model is not None or {*BYTES} <= {*pieces}):
+            raise ModelError("ranked pieces need no SentencePiece model, and no bytes")
+        self.model, self.lexicon, self.ranked = model, lexicon, ranked
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self.unknown = self._ids.get(UNKNOWN)
         self.end = self._ids.get(END)
@@ -92,8 +102,10 @@ class Pieces:
         return self._cut(text)
 
     def _cut(self, text: str) -> list[int]:
-        """Ids of the longest pieces."""
+        """Ids of the longest pieces, or of the ranked ones."""
         spelled = self._spelled(text)
+        if self.ranked:
+            return [self._id(piece, text) for run in RUNS.findall(spelled) for piece in self._merged(run)]
         ids: list[int] = []
         at = 0
         while at < len(spelled):
@@ -102,6 +114,18 @@ class Pieces:
             ids += self._spell(piece, text)
             at += len(piece)
         return ids
+
+    def _merged(self, run: str) -> list[str]:
+        """The pieces of a run of letters: the two neighbours whose piece stands first become one, again and again."""
+        pieces = list(run)
+        while len(pieces) > 1:
+            ranks = [self._ids.get(a + b, self.size) for a, b in pairwise(pieces)]
+            best = min(ranks)
+            if best == self.size:
+                break
+            at = ranks.index(best)
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+        return pieces
 
     def letters(self, text: str) -> list[int]:
         """Text -> ids of its letters and of the marks before words; InputError for one that is no piece."""
@@ -205,6 +229,8 @@ class Pieces:
     def save(self, folder: Path) -> None:
         """Write `tokens.txt` (a piece and its id a line), and the SentencePiece model and the lexicon, if any.
 
+        `merges.txt` says that the pieces are ranked.
+
         Those of another vocabulary that was there go.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,6 +240,10 @@ class Pieces:
             shutil.copyfile(self.model, folder / BACKEND)
         if self.model is None:
             (folder / BACKEND).unlink(missing_ok=True)
+        if self.ranked:
+            (folder / MERGES).write_text(RANKED, encoding="utf-8", newline="\n")
+        else:
+            (folder / MERGES).unlink(missing_ok=True)
         if self.lexicon is not None:
             self.lexicon.save(folder / LEXICON)
         else:
@@ -240,7 +270,18 @@ class Pieces:
         return cls(
             lines, model=folder / BACKEND if (folder / BACKEND).exists() else None,
             lexicon=Lexicon.load(folder / LEXICON) if (folder / LEXICON).exists() else None,
+            ranked=ranked(folder),
         )  # fmt: skip
+
+
+def ranked(folder: Path) -> bool:
+    """The pieces stand in the order in which they were found. ModelError for a file that says something else."""
+    path = folder / MERGES
+    if not path.exists():
+        return False
+    if path.read_bytes()[: len(RANKED) + 9].decode(errors="replace").replace("\r", "") != RANKED:
+        raise ModelError(f"{path}: wanted the line {RANKED.strip()!r} alone")
+    return True
 
 
 def plain(text: str) -> str:

@@ -1,0 +1,316 @@
+"""Greedy search of an attention decoder over a memory that grows; its attention tells what is not heard out yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speechattn import tree
+from speechattn.cross.soft import Soft, SoftState
+from speechattn.decoder.attention import AttentionDecoder, DecoderState
+from speechattn.frames import Frames, Memory
+from speechattn.search.beam import Beam, Prefixes, Search
+from speechattn.search.draft import Draft
+from speechattn.search.looks import Looked, farthest, grown, narrowed
+from speechattn.search.speaker import RECENT, Speaker
+from speechattn.stream import Buffer
+from speechattn.tree import node
+
+__all__ = ["AlignedGreedy", "AlignedState"]
+
+
+@node
+class AlignedState:
+    """What the decoder has read: the frames, and the tokens of `decoder.cache`, of which the first `done` [B] stay.
+
+    The token `last` [B] is read again when there are new frames; the draft stands behind it. `told` [B, RECENT] are
+    the newest committed tokens, behind -1. Of the stream's frames `origin` [B] came before the search began; since
+    then `heard` [B] were read, and the committed text ends at frame `until` [B].
+    """
+
+    decoder: DecoderState
+    looked: Looked
+    told: Tensor
+    last: Tensor
+    done: Tensor
+    heard: Tensor
+    origin: Tensor
+    until: Tensor
+
+
+class AlignedGreedy(Search):
+    """The most probable token, again and again, behind what was committed; anew whenever frames were heard.
+
+    The draft ends at the end of the text, at a token whose mean alignment peaks in the last `edge` frames that were
+    heard (it is about a sound that still goes on; the condition of AlignAtt, arXiv 2305.11408) or more than `rewind`
+    frames before another one's (it is said again), before a second round of a loop, and at `spare` tokens and `most`
+    for each frame. No frames will follow `finish`: there is no edge.
+
+    The tokens of the draft before are read in one pass, and kept as far as they would be said again. Law: such a guess
+    changes the time that a search takes, never its result. Committed tokens keep what they made of the frames that
+    were there; the last one is read again.
+
+    Tokens in `never` are not said; those in `never_next` (they do not begin a word) not directly behind what was
+    committed. When `memory` frames were read or the decoder's context is full, nothing more is heard or said: `room`
+    tells before. The rows of at most `history` committed tokens are kept for those who compare tokens.
+    """
+
+    def __init__(
+        self, decoder: AttentionDecoder, *, sos: int, eos: int, never: Sequence[int] = (),
+        never_next: Sequence[int] = (), edge: int = 4, rewind: int = 40, most: float = 0.16, spare: int = 10,
+        memory: int = 1500, history: int = 24,
+    ) -> None:  # fmt: skip
+        if wrong := [i for i, layer in enumerate(decoder.layers) if type(layer.cross) is not Soft]:
+            raise ValueError(f"cross attention in layers {wrong} is not soft: a token cannot be taken back there")
+        if min(edge, rewind, memory - 1, history) < 0:
+            raise ValueError(f"edge {edge}, rewind {rewind}, memory {memory}, history {history}: too few")
+        self.decoder, self.sos, self.eos = decoder, sos, eos
+        self.heads = decoder.alignment_heads
+        self.edge, self.rewind, self.most, self.spare, self.history = edge, rewind, most, spare, history
+        table = decoder.memory_positions
+        self.memory = memory if table is None else min(memory, len(table))
+        self.longest = decoder.context - 1 - min(64, decoder.context // 8)  # committed tokens, and a draft
+        self.never, self.never_next = (torch.tensor(sorted({*ids} - {eos}), dtype=torch.long)
+                                       for ids in (never, never_next))  # fmt: skip
+
+    def start(self, x: Frames) -> Beam:
+        x = x[:0]
+        none = torch.zeros(len(x.mask), dtype=torch.long, device=x.mask.device)
+        looked = Looked(x.values.new_zeros(len(none), 0, len(self.heads), 0), none)
+        told = none[:, None].expand(-1, RECENT) - 1
+        state = AlignedState(
+            self.decoder.start(Memory.of(x)), looked, told.clone(), none + self.sos, *(none.clone() for _ in range(4))
+        )
+        return Beam(Prefixes.empty(x.values, 1), x.values.new_zeros(len(none), 1), none.clone(), state)
+
+    def start_at(self, x: Frames, heard: Tensor) -> Beam:
+        beam = self.start(x)
+        return replace(beam, frames=heard, state=replace(beam.state, origin=heard))
+
+    @torch.inference_mode()
+    def step(self, x: Frames, beam: Beam) -> Beam:
+        x = x.front()
+        some = x.mask.any(1)
+        if bool(some.all()):
+            return self._spoken(self._read(x, beam), whole=False) if len(some) else beam
+        if not bool(some.any()):
+            return beam
+        moves, rests = some.nonzero()[:, 0], (~some).nonzero()[:, 0]
+        moved = self._spoken(self._read(tree.select(x, moves), tree.select(beam, moves)), whole=False)
+        both: Beam = tree.select(tree.concat([moved, tree.select(beam, rests)]), torch.cat([moves, rests]).argsort())
+        return both
+
+    @torch.inference_mode()
+    def finish(self, beam: Beam) -> Beam:
+        return self._spoken(beam, whole=True) if bool(beam.state.heard.any()) else beam
+
+    def commit(self, beam: Beam, n: Tensor) -> Beam:
+        after = super().commit(beam, n)
+        if after is beam:
+            return beam
+        state, rows = beam.state, torch.arange(len(n), device=n.device)
+        tokens = torch.cat([state.told, beam.said.tokens[:, 0]], 1)
+        told = tokens.gather(1, torch.arange(RECENT, device=n.device) + n[:, None])
+        until = beam.said.ends[rows, 0, (n - 1).clamp(min=0)] - state.origin
+        looked = replace(state.looked, first=state.looked.first + n)
+        state = replace(
+            state, looked=looked, told=told, last=told[:, -1].where(n > 0, state.last), done=state.done + n,
+            until=until.where(n > 0, state.until),
+        )  # fmt: skip
+        return replace(after, score=after.said.log_probs.sum(2), state=state)
+
+    def select(self, beam: Beam, parents: Tensor) -> Beam:
+        return beam  # there is one
+
+    def room(self, beam: Beam) -> Tensor:
+        state = beam.state
+        used = torch.maximum(state.done / self.longest, state.heard / self.memory)
+        left: Tensor = (1 - used).clamp(min=0.0)
+        return left
+
+    def looks(self, beam: Beam) -> list[Draft]:
+        looked, heard = beam.state.looked, beam.state.heard.tolist()
+        drafts = []
+        for b, draft in enumerate(super().looks(beam)):
+            rows = int(looked.first[b]) + len(draft.tokens) + 1
+            weights = looked.values[b, :rows, :, : heard[b]].transpose(0, 1)
+            drafts.append(replace(draft, weights=weights.float().cpu(), heads=self.heads))
+        return drafts
+
+    def _read(self, x: Frames, beam: Beam) -> Beam:
+        """The decoder reads frames [B, T, D], as far as there is room."""
+        state = beam.state
+        fits = x.mask & (x.mask.cumsum(1) <= (self.memory - state.heard)[:, None])
+        new = Frames.of(x.values, fits).front()
+        cross = self.decoder.read(Memory.of(new), packed(state.decoder.cross))
+        state = replace(state, decoder=replace(state.decoder, cross=cross), heard=state.heard + new.lengths)
+        return replace(beam, frames=beam.frames + x.lengths, state=state)
+
+    def _spoken(self, beam: Beam, *, whole: bool) -> Beam:
+        """Another draft; the `whole` rest of the text has no edge."""
+        state = beam.state
+        decoder = tidied(kept(state.decoder, state.done))
+        speakers = self._speakers(beam)
+        block = self._guess(speakers, state)
+        rows, used = list[Tensor](), list[Tensor]()
+        begins = state.done > 0
+        while True:
+            hidden, seen, decoder = self.decoder.step(block, decoder, heads=self.heads)
+            count = self._follow(speakers, hidden, seen, state.decoder.cross[0].mask, begins, whole=whole)
+            there = torch.arange(block.shape[1], device=block.device) < count[:, None]
+            decoder = without(decoder, there)
+            rows.append(seen.transpose(1, 2))
+            used.append(there)
+            if not any(row.speaks for row in speakers):
+                break
+            begins = torch.zeros_like(begins)
+            block = torch.tensor([[row.tokens[-1] if row.speaks else 0] for row in speakers], device=block.device)
+        n = torch.tensor([len(row.tokens) for row in speakers], device=block.device)
+        decoder = kept(decoder, state.done + n + 1)
+        looked = self._looked(state, torch.cat(rows, 1), torch.cat(used, 1), n)
+        said = self._prefixes(speakers, replace(state, looked=looked), beam.said)
+        state = replace(state, decoder=replace(decoder, place=state.decoder.place), looked=looked)
+        return replace(beam, said=said, score=said.log_probs.sum(2), state=state)
+
+    def _speakers(self, beam: Beam) -> list[Speaker]:
+        """Who speaks, with the draft before as a guess."""
+        state, n = beam.state, beam.said.length[:, 0].tolist()
+        speakers = []
+        for told, tokens, length, done, heard, far in zip(
+            state.told.tolist(), beam.said.tokens[:, 0].tolist(), n, state.done.tolist(), state.heard.tolist(),
+            farthest(state.looked).tolist(), strict=True,
+        ):  # fmt: skip
+            most = min(int(self.most * heard) + self.spare, self.decoder.context - 1) - done
+            most = 0 if not heard or done >= self.longest else max(0, most)
+            told = [token for token in told if token >= 0]
+            speakers.append(Speaker(told, tokens[: min(length, most)], most, far, self.rewind))
+        return speakers
+
+    def _guess(self, speakers: list[Speaker], state: AlignedState) -> Tensor:
+        """The last committed token and the guess behind it [B, 1 + U]."""
+        room = self.decoder.context - 1 - int(state.done.max())
+        for row in speakers:
+            del row.guess[room:]
+        most = max(len(row.guess) for row in speakers)
+        guess = [row.guess + [0] * (most - len(row.guess)) for row in speakers]
+        block = torch.tensor(guess, dtype=torch.long, device=state.last.device).view(len(speakers), most)
+        return torch.cat([state.last[:, None], block], 1)
+
+    def _follow(
+        self, speakers: list[Speaker], hidden: Tensor, seen: Tensor, mask: Tensor, begins: Tensor, *, whole: bool
+    ) -> Tensor:
+        """Let those who speak go on by what was found [B, U, D] -> how many of the U tokens were read rightly [B]."""
+        log_probs, tokens = self._best(hidden, begins)
+        number = mask.cumsum(1)
+        peaks = number.gather(1, seen.float().mean(1).masked_fill(~mask[:, None], -1.0).argmax(-1)) - 1
+        late = peaks >= number[:, -1:] - self.edge
+        stops = tokens == self.eos if whole else (tokens == self.eos) | late
+        found = zip(*(x.tolist() for x in (tokens, log_probs, stops, peaks, late)), strict=True)
+        counts = [row.follow(*each) if row.speaks else 0 for row, each in zip(speakers, found, strict=True)]
+        return torch.tensor(counts, device=hidden.device)
+
+    def _best(self, hidden: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-probability of the best token behind each [B, U, D], and the token; the first `begins` [B] a word."""
+        scores = self.decoder.logits(hidden)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores[:, :, self.never.to(scores.device)] = -torch.inf
+        if len(self.never_next) and bool(begins.any()):
+            rows = begins.nonzero()
+            scores[rows, 0, self.never_next.to(scores.device)] = -torch.inf
+        best, tokens = scores.max(-1)
+        return best - scores.logsumexp(-1), tokens
+
+    def _looked(self, state: AlignedState, new: Tensor, used: Tensor, n: Tensor) -> Looked:
+        """The rows of committed tokens, and behind them `n` [B] + 1 of the `new` ones [B, U, N, T] that were used."""
+        mask, old = state.decoder.cross[0].mask, state.looked
+        most = int(state.heard.max())
+        if not bool(mask.all()):
+            order = (~mask).byte().argsort(dim=1, stable=True)[:, :most]
+            new = new.gather(3, order[:, None, None].expand(*new.shape[:3], -1)) * mask.gather(1, order)[:, None, None]
+        at = torch.arange(old.values.shape[1], device=n.device)
+        first = old.first[:, None]
+        stays = (at < first) & (at >= first - self.history)
+        valid = torch.cat([stays, used & (used.cumsum(1) <= n[:, None] + 1)], 1)
+        values = torch.cat([grown(old.values, old.values.shape[1], most), new.to(old.values.dtype)], 1)
+        order = (~valid).byte().argsort(dim=1, stable=True)[:, : int(valid.sum(1).max())]
+        rows = torch.arange(len(n), device=n.device)[:, None]
+        return Looked(values[rows, order], stays.sum(1))
+
+    def _prefixes(self, speakers: list[Speaker], state: AlignedState, like: Prefixes) -> Prefixes:
+        """What the speakers say, and when."""
+        most = max(len(row.tokens) for row in speakers)
+        values, first = state.looked.values.float().mean(2).cpu().numpy(), state.looked.first.tolist()
+        until, heard, origin = state.until.tolist(), state.heard.tolist(), state.origin.tolist()
+        tokens, log_probs, spans = [], [], []
+        for b, row in enumerate(speakers):
+            n = len(row.tokens)
+            here = values[b, : first[b] + n + 1, : heard[b]]
+            here = here - here.mean(0)  # frames that every token looks at drop out
+            before = min(until[b], max(0, heard[b] - n - 1))
+            found = narrowed(here[first[b] :, before:]) if n else []
+            pad = most - n
+            spans.append([(a + before + origin[b], z + before + origin[b]) for a, z in found] + [(0, 0)] * pad)
+            tokens.append(row.tokens + [0] * pad)
+            log_probs.append(row.log_probs + [0.0] * pad)
+        whole = torch.tensor(spans, dtype=torch.long).view(len(speakers), 1, most, 2).to(like.tokens.device)
+        length = torch.tensor([[len(row.tokens)] for row in speakers], device=like.tokens.device)
+        return Prefixes(
+            length.new_tensor(tokens).view(*length.shape, most), whole[..., 0].clone(), whole[..., 1].clone(),
+            like.log_probs.new_tensor(log_probs).view(*length.shape, most), length,
+        )  # fmt: skip
+
+
+def kept(decoder: DecoderState, n: Tensor) -> DecoderState:
+    """Only the first `n` [B] tokens that were read are there."""
+    mask = decoder.cache[0].past.mask
+    return masked(decoder, mask & (mask.cumsum(1) <= n[:, None]))
+
+
+def without(decoder: DecoderState, there: Tensor) -> DecoderState:
+    """Of the last tokens only those that are `there` [B, U]."""
+    mask = decoder.cache[0].past.mask
+    return masked(decoder, torch.cat([mask[:, : mask.shape[1] - there.shape[1]], there], 1))
+
+
+def masked(decoder: DecoderState, mask: Tensor) -> DecoderState:
+    """With this mask of the tokens [B, N]."""
+    return replace(decoder, cache=tuple(replace(c, past=Buffer(c.past.values, mask)) for c in decoder.cache))
+
+
+def behind(mask: Tensor) -> Tensor | None:
+    """The order [B, N'] that brings what `mask` [B, N] says is there to the end of as little room as that needs.
+
+    None where there is no room to spare.
+    """
+    need, room = int(mask.sum(1).max()), mask.shape[1]
+    return None if need == room else mask.byte().argsort(dim=1, stable=True)[:, room - need :]
+
+
+def tidied(decoder: DecoderState) -> DecoderState:
+    """Without the room of tokens that are not there."""
+    mask = decoder.cache[0].past.mask
+    order = behind(mask)
+    if order is None:
+        return decoder
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    there = mask.gather(1, order)
+    cache = tuple(replace(c, past=Buffer(c.past.values[rows, order], there)) for c in decoder.cache)
+    return replace(decoder, cache=cache)
+
+
+def packed(cross: tuple[Any, ...]) -> tuple[SoftState, ...]:
+    """Without the room of frames that are not there."""
+    order = behind(cross[0].mask)
+    if order is None:
+        return cross
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    there = cross[0].mask.gather(1, order)
+
+    def picked(x: Tensor) -> Tensor:
+        return x.transpose(1, 2)[rows, order].transpose(1, 2)
+
+    return tuple(SoftState(picked(c.key), picked(c.value), there) for c in cross)
