@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train bench-kernels aot-kernels clean
+.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train bench-kernels bench-model aot-kernels clean
 
 demo: .venv/demo
 	$(BIN)/speechattn demo $(FILE) $(ARGS)
@@ -37,6 +37,12 @@ bench-train: .venv/dev
 
 bench-kernels: .venv/dev
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
+
+# The sets are made first, once (data/embedded/README.md); KOKORO=FOLDER has the synthetic voices that were kept out.
+bench-model: .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off av piper-tts
+	$(BIN)/python recipes/embedded/testsets.py data/embedded $(if $(KOKORO),--kokoro $(KOKORO))
+	$(BIN)/python benchmarks/model.py $(ARGS)
 
 # What the compiler makes of every kernel, for sm_80 and sm_90; ARGS="--default --op window".
 aot-kernels: .venv/dev

@@ -18,8 +18,10 @@ from speechattn.data.augment import (
     Noise,
     Reverberation,
     Speed,
+    Telephone,
     augmented,
     lots,
+    mu_law,
 )  # fmt: skip
 from speechattn.data.cuts import Utterance
 from speechattn.data.join import Join
@@ -42,7 +44,7 @@ def noises(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def every(noises: Path) -> list[Augmentation]:
-    return [Speed(), Level(), ColouredNoise(), Noise(noises.parent), Noise(noises), Reverberation()]
+    return [Speed(), Level(), ColouredNoise(), Noise(noises.parent), Noise(noises), Reverberation(), Telephone(p=0.5)]
 
 
 @settings(deadline=None, max_examples=40)
@@ -65,7 +67,7 @@ def test_a_change_is_a_function_of_seed_epoch_and_id(
 
 def test_lots_differ_and_p_is_the_share() -> None:
     x = tone(800)
-    for kind in (Level, ColouredNoise, Reverberation):
+    for kind in (Level, ColouredNoise, Reverberation, Telephone):
         changed = [not np.array_equal(kind(p=0.3)(x, RATE, lots(0, 1, str(i))), x) for i in range(400)]
         assert 0.22 < np.mean(changed) < 0.38
     one = [ColouredNoise(p=1)(x, RATE, lots(*key)) for key in ((0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b"))]
@@ -130,6 +132,30 @@ def test_a_room_rings_as_long_as_was_said_and_keeps_the_power() -> None:
     left = 10 * np.log10(tail[::-1].cumsum()[::-1])  # Schroeder's backward integral
     slope = np.polyfit(np.arange(4000) / RATE, left[:4000], 1)[0]
     assert -60 / slope == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_telephone_passes_its_band_alone() -> None:
+    change = Telephone(p=1)
+    for hertz, least, most in ((100, -200, -25), (200, -200, -25), (320, -1, 1), (1000, -1, 1), (3300, -1, 1),
+                               (3600, -6, -3), (3950, -200, -25), (6000, -200, -25)):  # fmt: skip
+        x = tone(hertz=hertz)
+        y = change(x, RATE, lots(0, 0, "a"))
+        assert len(y) == len(x)
+        assert least < db(y[2000:-2000] + 1e-9, x[2000:-2000]) < most, hertz
+    x = tone(hertz=1000)
+    error = change(x, RATE, lots(0, 0, "a")) - x
+    assert 30 < db(x[2000:-2000], error[2000:-2000]) < 45  # 8 bits of mu-law: about 38 dB, not less for soft sound
+    error = change(x / 10, RATE, lots(0, 0, "a")) - x / 10
+    assert 28 < db(x[2000:-2000] / 10, error[2000:-2000]) < 45
+    with pytest.raises(ValueError, match="a band of 300 to 5000 Hz"):
+        Telephone(high_hz=5000)
+
+
+def test_mu_law_by_hand() -> None:
+    assert np.allclose(mu_law(np.array([0.0, 1.0, -1.0])), [0, 1, -1])
+    assert len(np.unique(mu_law(np.linspace(-1, 1, 9999)))) == 255
+    step = 2 ** (8 * 64 / 127)  # of level 64 of 127: (256^(64/127) - 1) / 255
+    assert mu_law(np.array([(step - 1) / 255]))[0] == pytest.approx((step - 1) / 255)
 
 
 def test_level_does_not_clip() -> None:

@@ -104,6 +104,13 @@ def test_silence_behind_is_drawn() -> None:
     assert max(tails) > 20
 
 
+def test_letters_are_tokens_of_their_own() -> None:
+    head = Letters(4)
+    assert head.pieces.encode("it's a dog") == head.spell("It's a dog")
+    assert head.pieces.decode(head.spell("a b")) == "a b"
+    assert head.pieces.words(head.spell("it's a dog")) == [4, 2, 4]
+
+
 # The model
 
 

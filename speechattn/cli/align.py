@@ -18,6 +18,7 @@ from speechattn.errors import InputError
 from speechattn.live.formats import Segment, srt
 from speechattn.model import Recognizer
 from speechattn.model.align import Aligned, align
+from speechattn.model.searches import LETTERS
 
 __all__ = ["add_parser"]
 
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{options.text}: {getattr(error, 'strerror', None) or error}") from error
     model = build_model(options)
-    if not isinstance(model, Recognizer) or "ctc" not in model.heads:
+    if not isinstance(model, Recognizer) or not {"ctc", LETTERS} & model.heads.keys():
         raise InputError(f"{options.model} has no CTC head, which alignment needs: give a model folder with --model")
     bar = tqdm(
         total=round(recording.duration_s, 1), unit="s", desc=recording.path.name,

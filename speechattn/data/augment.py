@@ -15,9 +15,20 @@ import soxr
 from speechattn.audio.resample import Samples, to_mono
 from speechattn.errors import InputError
 
-__all__ = ["Augmentation", "ColouredNoise", "Level", "Noise", "Reverberation", "Speed", "augmented", "lots"]
+__all__ = [
+    "Augmentation",
+    "ColouredNoise",
+    "Level",
+    "Noise",
+    "Reverberation",
+    "Speed",
+    "Telephone",
+    "augmented",
+    "lots",
+]
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+TELEPHONE_RATE, LAW = 8000, 255.0  # Hz; mu of ITU-T G.711
 DECAY = 3 * np.log(10)  # of the amplitude in the time in which the power falls by 60 dB
 
 
@@ -155,6 +166,41 @@ class Reverberation:
         size = quick_size(len(samples) + n)
         wet = np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(room, size))[: len(samples)]
         return np.asarray(wet * np.sqrt(power(samples) / max(power(wet), 1e-20)), np.float32)
+
+
+class Telephone:
+    """As a telephone passes it on: 300 to 3400 Hz at a rate of 8 kHz, in 8 bits of the mu-law (the formula of G.711).
+
+    The edges of the band fall to zero within `edge` of their frequency. Length stays.
+    """
+
+    stretch = 1.0
+
+    def __init__(self, *, low_hz: float = 300.0, high_hz: float = 3400.0, edge: float = 0.15, p: float = 0.1) -> None:
+        if not 0 < low_hz < high_hz < TELEPHONE_RATE / 2:
+            raise ValueError(f"a band of {low_hz:g} to {high_hz:g} Hz: wanted 0 < low < high < {TELEPHONE_RATE // 2}")
+        self.low_hz, self.high_hz, self.edge, self.p = low_hz, high_hz, edge, p
+
+    def __call__(self, samples: Samples, rate: int, generator: np.random.Generator) -> Samples:
+        """Samples [N] over a line."""
+        if generator.random() >= self.p:
+            return samples
+        x = np.asarray(soxr.resample(samples, rate, TELEPHONE_RATE), np.float64)
+        size = quick_size(len(x) + TELEPHONE_RATE // 10)
+        frequency = np.fft.rfftfreq(size, 1 / TELEPHONE_RATE)
+        rise = (frequency / self.low_hz - 1 + self.edge) / self.edge
+        fall = (1 + self.edge - frequency / self.high_hz) / self.edge
+        band = np.minimum(rise, fall).clip(0, 1)
+        line = mu_law(np.fft.irfft(np.fft.rfft(x, size) * band, size)[: len(x)].clip(-1, 1))
+        back = np.asarray(soxr.resample(line, TELEPHONE_RATE, rate), np.float32)[: len(samples)]
+        return np.pad(back, [0, len(samples) - len(back)])
+
+
+def mu_law(x: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] as they come back from 8 bits."""
+    code = np.round(127 * np.sign(x) * np.log1p(LAW * np.abs(x)) / np.log1p(LAW)) / 127
+    back: np.ndarray = np.sign(code) * np.expm1(np.abs(code) * np.log1p(LAW)) / LAW
+    return back
 
 
 def power(x: np.ndarray) -> float:

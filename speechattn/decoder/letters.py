@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from speechattn.decoder.ctc import CTC
+from speechattn.text.pieces import BLANK, Pieces
 
 __all__ = ["ALPHABET", "Letters"]
 
@@ -25,6 +26,11 @@ class Letters(CTC):
             raise ValueError(f"alphabet {alphabet!r}: wanted a space and letters, each once")
         super().__init__(dim, 1 + len(alphabet))
         self.alphabet = alphabet
+
+    @property
+    def pieces(self) -> Pieces:
+        """The same as tokens, for whoever spells with these."""
+        return Pieces([BLANK, *self.alphabet])
 
     def spell(self, text: str) -> list[int]:
         """Text -> ids."""

@@ -55,15 +55,17 @@ def align(
     """CTC segmentation (arXiv 2007.09127) of a recording of any length by its text, one utterance a line.
 
     What is said before, behind and between the lines may be anything. `on_sound` hears of the seconds that are done.
-    InputError for a model without a CTC head, for a line that cannot be spelled, for too short a recording.
+    InputError for a model without a CTC head, of tokens or letters, for a line that cannot be spelled, and for too short
+    a recording.
     """
     lines = [" ".join(line.split()) for line in lines if line.strip()]
     if not lines:
         raise InputError("there is no text to align")
-    tokens = [spoken(line, model.tokenizer) for line in lines]
+    head, tokenizer = model.speller
+    tokens = [spoken(line, tokenizer) for line in lines]
     log_probs = posteriors(model, recording, on_sound=on_sound)
-    found = segment(log_probs, tokens, blank=model.ctc.blank, margin=round(MARGIN_S / model.frame_s))
-    return [timed(model, *one) for one in zip(lines, tokens, found, strict=True)]
+    found = segment(log_probs, tokens, blank=head.blank, margin=round(MARGIN_S / model.frame_s))
+    return [timed(model, tokenizer, *one) for one in zip(lines, tokens, found, strict=True)]
 
 
 @torch.inference_mode()
@@ -71,7 +73,7 @@ def posteriors(
     model: Recognizer, recording: Recording, *, on_sound: Callable[[float], object] | None = None
 ) -> Tensor:  # fmt: skip
     """Log-probabilities [T, V] of the CTC head over a whole recording, as the encoder hears it live."""
-    plan, head = model.listening.plan(), model.ctc
+    plan, (head, tokenizer) = model.listening.plan(), model.speller
     if plan.block is None:
         raise InputError("the encoder of this model needs the whole recording at once")
     piece = max(1, round(AT_ONCE_S * model.sample_rate / plan.block)) * plan.block
@@ -86,7 +88,7 @@ def posteriors(
         found.append(y.values[y.mask].cpu())
         if on_sound:
             on_sound(valid / model.sample_rate)
-    return torch.cat(found) if found else torch.zeros(0, model.tokenizer.size)
+    return torch.cat(found) if found else torch.zeros(0, tokenizer.size)
 
 
 def padded(
@@ -126,11 +128,11 @@ def said(letter: str, tokenizer: Pieces) -> bool:
         return False
 
 
-def timed(model: Recognizer, line: str, tokens: Sequence[int], found: Segment) -> Aligned:
+def timed(model: Recognizer, tokenizer: Pieces, line: str, tokens: Sequence[int], found: Segment) -> Aligned:
     """Frames to seconds; words as they are written, where there are as many as are spelled."""
     step = model.frame_s
-    bounds = np.cumsum([0, *model.tokenizer.words(tokens, spaceless=model.spaceless)]).tolist()
-    words = [model.tokenizer.decode(tokens[a:b]) for a, b in pairwise(bounds)]
+    bounds = np.cumsum([0, *tokenizer.words(tokens, spaceless=model.spaceless)]).tolist()
+    words = [tokenizer.decode(tokens[a:b]) for a, b in pairwise(bounds)]
     written = line.split()
     texts = written if len(written) == len(words) else words
     times = [(found.tokens[a][0] * step, found.tokens[b - 1][1] * step) for a, b in pairwise(bounds)]

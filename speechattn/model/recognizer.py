@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from speechattn.audio.resample import Samples
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
+from speechattn.decoder.letters import Letters
 from speechattn.decoder.transducer import Transducer
 from speechattn.encoder import Encoder
 from speechattn.errors import InputError, ModelError
@@ -85,6 +86,14 @@ class Recognizer(nn.Module):
         if not isinstance(head, CTC):
             raise InputError(f"this needs a CTC head; the model has {', '.join(self.heads)}")
         return head
+
+    @property
+    def speller(self) -> tuple[CTC, Pieces]:
+        """Who can tell when a text was said, and its tokens: the CTC head, or that of letters; InputError for none."""
+        letters = dict(self.heads).get(LETTERS)
+        if "ctc" not in self.heads and isinstance(letters, Letters):
+            return letters, letters.pieces
+        return self.ctc, self.tokenizer
 
     def cast(self, dtype: torch.dtype) -> Recognizer:
         """Weights of this type; the front-end is never less exact than float32."""

@@ -18,6 +18,7 @@ from speechattn.errors import InputError, ModelError
 from speechattn.model import Recognizer, from_config, save_model
 from speechattn.model.config import read_yaml
 from speechattn.model.folder import CONFIG, WEIGHTS, is_model, load_folder
+from speechattn.model.load import located
 from speechattn.pretrained.espnet import is_espnet, load_espnet
 from speechattn.text.pieces import LIST, Pieces
 
@@ -36,7 +37,7 @@ FINE_LR, FINE_EPOCHS = 1e-4, 10
 
 def tokenizer_of(path: str) -> Pieces:
     """The tokenizer in a folder, or that of a model or a checkpoint; ModelError where there is none."""
-    place = Path(path)
+    place = located(path)
     if not (place / LIST).exists() and (place.is_file() or is_espnet(place)):
         return parts_of(place)[1]
     return Pieces.load(place)
@@ -102,6 +103,7 @@ def weights_of(path: Path, plugins: Sequence[str] = (), *, ema: bool | None = No
     A checkpoint of a training with averaged weights (`EMAWeightAveraging`) has these and the last ones. `ema` says
     which; None is the averaged ones if there are any. InputError where it is True and there are none.
     """
+    path = located(path)
     if path.is_dir():
         return load_any(path, plugins).state_dict()
     found = read_checkpoint(path)
