@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from speechattn import tree
 from speechattn.cross.location import DynamicConvolution
+from speechattn.cross.soft import Resting
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.letters import Letters
 from speechattn.errors import InputError
@@ -146,10 +148,13 @@ def compare(search: AlignedGreedy, beam: Beam, rows: list[Loops]) -> None:
 
 @pytest.mark.usefixtures("precise")
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10**6), guess=st.booleans(), data=st.data())
-def test_drafts_are_those_of_loops_that_read_all_anew(seed: int, guess: bool, data: st.DataObject) -> None:
-    """Whatever the chunks, the neighbours, frames that are not there, the commits, the guess."""
-    made = decoder(seed)
+@given(seed=st.integers(0, 10**6), guess=st.booleans(), begun=st.booleans(), data=st.data())
+def test_drafts_are_those_of_loops_that_read_all_anew(
+    seed: int, guess: bool, begun: bool, data: st.DataObject
+) -> None:  # fmt: skip
+    """Whatever the chunks, the neighbours, frames that are not there, the commits, the guess, the opening."""
+    made = decoder(seed, **({"cross": partial(Resting, rest=3, weight=2.0)} if begun else {}))
+    made.opening = nn.Parameter(torch.randn(2, DIM), requires_grad=False) if begun else None
     search, x = aligned(made), utterances(3, 24)
     rows = [Loops(made) for _ in range(3)]
     beam, at = search.start(x), 0

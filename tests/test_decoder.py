@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from speechattn.cross.expected import Form, doubling, fused
 from speechattn.cross.location import DynamicConvolution, MixtureAttention
 from speechattn.cross.monotonic import HardMonotonic, MoChA
 from speechattn.cross.segmental import SegmentAttention, Segments, Within
-from speechattn.cross.soft import Soft
+from speechattn.cross.soft import Resting, Soft
 from speechattn.cross.sources import Flat, Hierarchical, Sources
 from speechattn.decoder.attention import AttentionDecoder, sinusoids
 from speechattn.errors import ModelError
@@ -74,7 +75,7 @@ def test_soft_row_without_a_frame_sees_nothing_and_nan_does_not_leak() -> None:
 @pytest.mark.parametrize("beam", [1, 3])
 @pytest.mark.parametrize("kind", [
     Soft, Flat, Hierarchical, MixtureAttention, DynamicConvolution, HardMonotonic, partial(MoChA, chunk_heads=2),
-    partial(SegmentAttention, boundary=Within(3)), partial(Soft, normaliser=Entmax),
+    partial(SegmentAttention, boundary=Within(3)), partial(Soft, normaliser=Entmax), partial(Resting, rest=3),
 ])  # fmt: skip
 def test_whoever_asks_for_heads_gets_these_and_the_same_context(kind: Any, beam: int) -> None:
     cross = kind(DIM, HEADS).double().eval()
@@ -106,6 +107,53 @@ def test_attention_without_weights_is_that_with_weights(dtype: torch.dtype) -> N
         assert torch.equal(context[2], soft.out.bias.expand(4, -1))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=near, atol=near * 10)
+
+
+def test_places_of_rest_are_frames_that_nobody_sees() -> None:
+    """As many frames as their weight says, behind the memory; a row without a frame sees them alone."""
+    soft, resting = Soft(DIM, HEADS).double(), Resting(DIM, HEADS, rest=3, weight=2.0).double()
+    resting.load_state_dict(soft.state_dict(), strict=False)
+    heard, rest = memory([5, 2, 1]), torch.randn(1, 3, DIM, dtype=torch.double)
+    heard.frames.values[2], heard.frames.mask[2] = 0.0, False
+    places = soft.read(Memory.of(Frames(rest, torch.ones(1, 3, dtype=torch.bool))))
+    resting.rest_key.data, resting.rest_value.data = places.key[0], places.value[0]
+    query = torch.randn(3, 4, DIM, dtype=torch.double)
+    twice = soft.read(heard).then(places, 0).then(places, 0)
+    every, seen = soft.attend(query, twice, ())[0], resting.attend(query, resting.read(heard), ())[0]
+    torch.testing.assert_close(seen.context, every.context)
+    torch.testing.assert_close(seen.weights, every.weights[..., :5])
+    for rest_, weight in ((0, 1.0), (1, 0.0)):
+        with pytest.raises(ValueError, match="wanted at least 1"):
+            Resting(DIM, HEADS, rest=rest_, weight=weight)
+
+
+def test_an_opening_is_a_prompt_that_hears_nothing() -> None:
+    made = AttentionDecoder(20, 12, DIM, HEADS, 2, opening=2, cross=partial(Resting, rest=3)).double()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    plain = AttentionDecoder(20, 12, DIM, HEADS, 2, cross=partial(Resting, rest=3)).double()
+    plain.load_state_dict({name: t for name, t in made.state_dict().items() if name != "opening"})
+    assert made.opening is not None
+    plain.embed.weight.data[:2] = made.opening.data
+    x, tokens = memory([5, 3]), torch.randint(2, 20, (2, 6))
+    nothing = plain.start(Memory.of(x.frames[:0]))
+    _, _, begun = plain.step(torch.tensor([[0, 1]]).expand(2, -1), nothing)
+    wanted, looks, _ = plain.step(tokens, replace(begun, cross=plain.start(x).cross), heads=[(1, 0)])
+    state, parts, seen = made.start(x), [], []
+    assert state.length.tolist() == [2, 2]
+    for piece in tokens.split([1, 3, 2], 1):
+        hidden, look, state = made.step(piece, state, heads=[(1, 0)])
+        parts.append(hidden)
+        seen.append(look)
+    torch.testing.assert_close(torch.cat(parts, 1), wanted)
+    torch.testing.assert_close(torch.cat(seen, 2), looks)
+    torch.testing.assert_close(made.step(tokens, made.start(x, beam=1))[0], wanted)
+    with pytest.raises(ValueError, match="do not fit"):
+        made.step(torch.randint(2, 20, (2, 5)), state)
+    hidden, _, _ = made.step(tokens.repeat_interleave(3, 0), made.start(x, beam=3))
+    torch.testing.assert_close(hidden, wanted.repeat_interleave(3, 0))
+    with pytest.raises(ValueError, match="remembers where it stands"):
+        AttentionDecoder(20, 12, DIM, HEADS, 2, opening=1, cross=DynamicConvolution).double().start(memory([2]))
 
 
 @pytest.mark.parametrize("form", [doubling, fused])

@@ -168,19 +168,29 @@ def test_the_vocabulary_is_english() -> None:
     assert "▁" in dict(import_student().english(SimpleNamespace(pieces=spelled), 12))
 
 
-def test_the_decoder_keeps_what_whisper_says_behind_its_own_beginning() -> None:
-    """With the row of the first position, one token begins where Whisper's begins."""
+def test_the_decoder_keeps_what_whisper_says() -> None:
+    """Of its own tokens, where it hears what it heard, but for what is thinned out and the opening, which is deaf."""
     whisper = random_whisper(vocab=16)
-    vocab = whisper.config.vocab
-    fake = SimpleNamespace(network=whisper, tokenizer=SimpleNamespace(end_of_text=vocab - 4, id=lambda name: vocab - 3))
-    kept = [2, 5, 7]
-    said = import_student().decoder_weights(fake, kept)
-    table = whisper.decoder.embed.weight
-    assert torch.equal(said["embed.weight"][2:5], table[kept])
-    assert torch.equal(said["embed.weight"][5], table[vocab - 4])
-    first = said["embed.weight"][5] + said["positions"][0]
-    assert torch.allclose(first, table[vocab - 3] + whisper.decoder.positions[0], atol=1e-6)
-    assert torch.equal(said["positions"][1:], whisper.decoder.positions[2:])
+    with torch.no_grad():
+        for layer in whisper.decoder.layers:
+            layer.cross.out.weight.mul_(0.02)  # little is heard
+    fake = SimpleNamespace(
+        network=whisper,
+        tokenizer=SimpleNamespace(end_of_text=12, id={"<|startoftranscript|>": 13, "<|notimestamps|>": 14}.get),
+    )
+    kept, student = [2, 5, 7], import_student()
+    config = student.config(whisper, 6, left=20, chunk=5, whole=True)
+    made = from_config(config, Pieces([BLANK, UNKNOWN, "x", "y", "z", END])).heads["attention"].eval()
+    made.load_state_dict(student.decoder_weights(fake, kept))
+    memory = Memory.of(Frames(torch.randn(1, 20, 16), torch.ones(1, 20, dtype=torch.bool)))
+    state = whisper.decoder.start(memory, behind=whisper.silence())
+    hidden, _, _ = whisper.decoder.step(torch.tensor([[13, 14, 5, 7]]), state)
+    wanted = whisper.decoder.logits(hidden)[0, 1:, [*kept, 12]]
+    hidden, _, _ = made.step(torch.tensor([[5, 3, 4]]), made.start(memory))
+    found = made.logits(hidden)[0, :, 2:]
+    assert (found - wanted).abs().max() < 0.05 * wanted.std()
+    assert made.layers[0].cross.rest_key.shape == (2, 100, 8)
+    assert torch.equal(made.embed.weight[:2], whisper.decoder.embed.weight[kept].mean(0).expand(2, -1))
 
 
 # What it is told

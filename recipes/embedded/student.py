@@ -4,9 +4,10 @@
     python recipes/embedded/student.py runs/embedded/teacher --whole
 
 The vocabulary is cut to English: of the first `--tokens` entries of Whisper's, which stand in the order in which byte
-pair encoding found them, those that spell words, numbers and punctuation. The decoder keeps its weights; it begins
-with one token, so the row of the first position takes the difference between Whisper's beginning and its end. With
-`--whole` the encoder hears everything and has Whisper's own weights: that is the teacher. The head of letters is new.
+pair encoding found them, those that spell words, numbers and punctuation. The decoder keeps its weights. What it finds
+behind the sound, silence up to 30 s, becomes places of its own (`Resting`), a few for many frames; what it reads before
+the text, an opening and a row of the table of positions. With `--whole` the encoder hears everything and has Whisper's
+own weights. The head of letters is new.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from speechattn.text.tokenizer import Tokenizer
 ENGLISH = re.compile(rf"{MARK}?([A-Za-zÀ-ÿ]+|[0-9]+|'[a-z]{{1,2}}|[.,!?;:'\"()&%$£€\-/]{{1,3}})?")
 
 
+THIN = 15  # frames of silence for which one stands
+
+
 def english(tokenizer: Tokenizer, most: int) -> Iterator[tuple[str, int]]:
     """Pieces and their numbers in Whisper's vocabulary, of its first `most`."""
     for i, spelled in enumerate(tokenizer.pieces[:most]):
@@ -46,6 +50,10 @@ def config(whisper: Whisper, vocab: int, *, left: int, chunk: int, whole: bool) 
     """What `config.yaml` says; `left` and `chunk` in frames of 20 ms."""
     sizes, dim = whisper.config, whisper.config.encoder_dim
     chunks = {"class_path": "speechattn.attention.Span", "init_args": {"left": left, "chunk": chunk}}
+    resting = {
+        "class_path": "speechattn.cross.soft.Resting",
+        "init_args": {"rest": sizes.audio_context // THIN, "weight": float(THIN), "key_bias": False},
+    }
     here = "speechattn.pretrained.whisper"
     parts = {
         "mel": {"class_path": f"{here}.features.FrontEnd", "init_args": {"mels": sizes.mels}},
@@ -67,9 +75,10 @@ def config(whisper: Whisper, vocab: int, *, left: int, chunk: int, whole: bool) 
             "attention": {
                 "class_path": "speechattn.decoder.attention.AttentionDecoder",
                 "init_args": {
-                    "vocab": vocab, "context": sizes.text_context - 1, "dim": dim, "heads": sizes.decoder_heads,
-                    "depth": sizes.decoder_layers, "alignment_heads": [list(head) for head in sizes.alignment_heads],
-                    "cross": {"class_path": "speechattn.cross.soft.Soft", "init_args": {"key_bias": False}},
+                    "vocab": vocab, "context": sizes.text_context, "opening": 1, "dim": dim,
+                    "heads": sizes.decoder_heads, "depth": sizes.decoder_layers,
+                    "alignment_heads": [list(head) for head in sizes.alignment_heads],
+                    "cross": resting,
                 },
             },
             "letters": {"class_path": "speechattn.decoder.letters.Letters", "init_args": {"dim": dim}},
@@ -79,13 +88,22 @@ def config(whisper: Whisper, vocab: int, *, left: int, chunk: int, whole: bool) 
 
 def decoder_weights(model: WhisperModel, kept: list[int]) -> dict[str, Tensor]:
     """Of Whisper's decoder, for the pieces `kept` between <blank>, <unk> and the end."""
-    said = dict(model.network.decoder.state_dict())
-    table, end = said["embed.weight"], model.tokenizer.end_of_text
-    start = model.tokenizer.id("<|startoftranscript|>")
+    decoder, names = model.network.decoder, model.tokenizer
+    said = dict(decoder.state_dict())
+    table, end = said["embed.weight"], names.end_of_text
+    start, untimed = names.id("<|startoftranscript|>"), names.id("<|notimestamps|>")
     unused = table[kept].mean(0, keepdim=True).expand(2, -1)
     positions = said["positions"].clone()
-    positions[1] = positions[0] + table[start] - table[end]
-    return said | {"embed.weight": torch.cat([unused, table[kept], table[end][None]]), "positions": positions[1:]}
+    positions[1] += table[untimed] - table[end]  # the token that begins a text is the one that ends it
+    said |= {
+        "embed.weight": torch.cat([unused, table[kept], table[end][None]]),
+        "positions": positions,
+        "opening": table[start][None],
+    }
+    for i, silence in enumerate(model.network.silence().cross):
+        said[f"layers.{i}.cross.rest_key"] = silence.key[0, :, THIN // 2 :: THIN]
+        said[f"layers.{i}.cross.rest_value"] = silence.value[0, :, THIN // 2 :: THIN]
+    return said
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import sqrt
+from math import log, sqrt
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from speechattn.frames import Memory
 from speechattn.linear import run
 from speechattn.tree import node
 
-__all__ = ["Soft", "SoftState"]
+__all__ = ["Resting", "Soft", "SoftState"]
 
 
 @node
@@ -142,6 +142,30 @@ class Soft(nn.Module):
             return self.normaliser(scores, seen)  # type: ignore[no-any-return]
         wide = torch.promote_types(scores.dtype, torch.float32)
         return scores.masked_fill(~seen, -torch.inf).softmax(-1, wide).masked_fill(~seen, 0.0).to(scores.dtype)
+
+
+class Resting(Soft):
+    """Soft attention that may also look at `rest` places of its own, which belong to no frame: what it looks at when
+    there is nothing to hear. Each counts `weight` times.
+
+    Keys and values of these places are trained. Weights and alignment are those of the frames; they sum to less than 1.
+    Whisper finds the end of its text in the silence behind it: these places are what that leaves in keys and values.
+    """
+
+    def __init__(self, dim: int, heads: int, *, rest: int, weight: float = 1.0, key_bias: bool = True) -> None:
+        super().__init__(dim, heads, key_bias=key_bias)
+        if rest < 1 or not weight > 0:
+            raise ValueError(f"rest {rest}, weight {weight}: wanted at least 1, and more than 0")
+        self.rest_key = nn.Parameter(torch.randn(heads, rest, dim // heads))
+        self.rest_value = nn.Parameter(torch.zeros(heads, rest, dim // heads))
+        self.bias = log(weight)
+
+    def _looked(self, q: Tensor, read: SoftState, heads: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        q, places = q / sqrt(q.shape[-1]), self.rest_key.shape[1]
+        scores = torch.cat([q @ self.rest_key.mT + self.bias, q @ read.key.mT], -1)
+        weights = self.weigh(scores, F.pad(read.mask, [places, 0], value=True)[:, None, None])
+        rest, seen = weights[..., :places], weights[..., places:]
+        return rest @ self.rest_value + seen @ read.value, chosen(seen, heads)
 
 
 def serving(q: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:

@@ -115,6 +115,8 @@ class AttentionDecoder(nn.Module):
     `alignment_heads` are the (layer, head) pairs that look at the frames in which a token is said, for whoever wants to
     know when it was; by default those of the middle layer.
 
+    Every hypothesis begins with `opening` trained vectors in the places of tokens, which hear nothing: a fixed prompt.
+
     Law: reading tokens one by one equals reading them at once. Attention is a return value: `step` gives the
     alignment of the (layer, head) pairs it is asked for.
     """
@@ -125,7 +127,7 @@ class AttentionDecoder(nn.Module):
         positions: Callable[[int, int], Tensor] = learned, scale: float = 1.0,
         activation: Callable[[], nn.Module] = nn.GELU, output: nn.Module | None = None, dropout: float = 0.0,
         memory_positions: Callable[[int, int], Tensor] | None = None, memory_context: int = 3000,
-        alignment_heads: Sequence[Sequence[int]] | None = None,
+        alignment_heads: Sequence[Sequence[int]] | None = None, opening: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         middle = [(depth // 2, head) for head in range(heads)]
@@ -152,6 +154,12 @@ class AttentionDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.output = output
         self.dropout = dropout
+        self.opening = nn.Parameter(torch.zeros(opening, dim)) if opening else None
+
+    @property
+    def opened(self) -> int:
+        """Places that the opening takes, of those in the context."""
+        return 0 if self.opening is None else len(self.opening)
 
     def _table(self, name: str, table: Tensor | None) -> None:
         """A parameter, or what needs not be saved."""
@@ -195,7 +203,18 @@ class AttentionDecoder(nn.Module):
             skip = memory.frames.mask.shape[1]
             cross = [state.then(other, skip) for state, other in zip(cross, behind.cross, strict=True)]
         place = tuple(layer.cross.place(like.values) for layer in self.layers)
-        return DecoderState(cache, tuple(cross), place)
+        return self._begun(DecoderState(cache, tuple(cross), place), like)
+
+    def _begun(self, state: DecoderState, like: Frames) -> DecoderState:
+        """With the opening, which has heard nothing, whatever the memory is."""
+        if self.opening is None:
+            return state
+        if leaves(state.place):
+            raise ValueError("an opening hears nothing: not with cross attention that remembers where it stands")
+        nothing = tuple(layer.cross.read(Memory.of(like)) for layer in self.layers)
+        x = (self.opening + self.positions[: self.opened]).expand(len(like.mask), -1, -1)
+        _, _, after = self._through(x, replace(state, cross=nothing), ())
+        return replace(state, cache=after.cache)
 
     def read(self, memory: Memory, cross: tuple[Any, ...]) -> tuple[Any, ...]:
         """What each layer has read [the `cross` of a state], and behind it the frames of `memory`."""
@@ -230,7 +249,10 @@ class AttentionDecoder(nn.Module):
         x = self.embed(tokens)
         x = x if self.scale == 1.0 else x * self.scale
         x = x + self.positions[state.length[:, None] + torch.arange(tokens.shape[1], device=x.device)]
-        x = dropped(x, self.dropout) if self.training else x
+        return self._through(dropped(x, self.dropout) if self.training else x, state, heads)
+
+    def _through(self, x: Tensor, state: DecoderState, heads: Sequence[Head]) -> tuple[Tensor, Tensor, DecoderState]:
+        """All layers, over the inputs `x` [B, U, D]."""
         cache, place = list(state.cache), list(state.place)
         rows: dict[Head, Tensor] = {}
         for i, layer in enumerate(self.layers):
@@ -241,7 +263,7 @@ class AttentionDecoder(nn.Module):
             rows |= dict(zip(asked, alignment.unbind(1), strict=True))
         frames = alignment.shape[-1]
         picked = [rows[head] for head in heads]
-        seen = torch.stack(picked, 1) if picked else x.new_zeros(x.shape[0], 0, tokens.shape[1], frames)
+        seen = torch.stack(picked, 1) if picked else x.new_zeros(x.shape[0], 0, x.shape[1], frames)
         return self.norm(x), seen, DecoderState(tuple(cache), state.cross, tuple(place))
 
     def logits(self, hidden: Tensor) -> Tensor:

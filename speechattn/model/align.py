@@ -55,7 +55,7 @@ def align(
     """CTC segmentation (arXiv 2007.09127) of a recording of any length by its text, one utterance a line.
 
     What is said before, behind and between the lines may be anything. `on_sound` hears of the seconds that are done.
-    InputError for a model without a CTC head, of tokens or letters, for a line that cannot be spelled, and for too short
+    InputError for a model without a CTC head, of tokens or letters, a line that cannot be spelled, and for too short
     a recording.
     """
     lines = [" ".join(line.split()) for line in lines if line.strip()]

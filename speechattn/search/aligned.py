@@ -64,7 +64,7 @@ class AlignedGreedy(Search):
         never_next: Sequence[int] = (), edge: int = 4, rewind: int = 40, most: float = 0.16, spare: int = 10,
         memory: int = 1500, history: int = 24,
     ) -> None:  # fmt: skip
-        if wrong := [i for i, layer in enumerate(decoder.layers) if type(layer.cross) is not Soft]:
+        if wrong := [i for i, layer in enumerate(decoder.layers) if not isinstance(layer.cross, Soft)]:
             raise ValueError(f"cross attention in layers {wrong} is not soft: a token cannot be taken back there")
         if min(edge, rewind, memory - 1, history) < 0:
             raise ValueError(f"edge {edge}, rewind {rewind}, memory {memory}, history {history}: too few")
@@ -73,7 +73,8 @@ class AlignedGreedy(Search):
         self.edge, self.rewind, self.most, self.spare, self.history = edge, rewind, most, spare, history
         table = decoder.memory_positions
         self.memory = memory if table is None else min(memory, len(table))
-        self.longest = decoder.context - 1 - min(64, decoder.context // 8)  # committed tokens, and a draft
+        self.context = decoder.context - decoder.opened
+        self.longest = self.context - 1 - min(64, self.context // 8)  # committed tokens, and a draft
         self.never, self.never_next = (torch.tensor(sorted({*ids} - {eos}), dtype=torch.long)
                                        for ids in (never, never_next))  # fmt: skip
 
@@ -153,7 +154,7 @@ class AlignedGreedy(Search):
     def _spoken(self, beam: Beam, *, whole: bool) -> Beam:
         """Another draft; the `whole` rest of the text has no edge."""
         state = beam.state
-        decoder = tidied(kept(state.decoder, state.done))
+        decoder = tidied(kept(state.decoder, state.done + self.decoder.opened))
         speakers = self._speakers(beam)
         block = self._guess(speakers, state)
         rows, used = list[Tensor](), list[Tensor]()
@@ -170,7 +171,7 @@ class AlignedGreedy(Search):
             begins = torch.zeros_like(begins)
             block = torch.tensor([[row.tokens[-1] if row.speaks else 0] for row in speakers], device=block.device)
         n = torch.tensor([len(row.tokens) for row in speakers], device=block.device)
-        decoder = kept(decoder, state.done + n + 1)
+        decoder = kept(decoder, state.done + n + 1 + self.decoder.opened)
         looked = self._looked(state, torch.cat(rows, 1), torch.cat(used, 1), n)
         said = self._prefixes(speakers, replace(state, looked=looked), beam.said)
         state = replace(state, decoder=replace(decoder, place=state.decoder.place), looked=looked)
@@ -184,7 +185,7 @@ class AlignedGreedy(Search):
             state.told.tolist(), beam.said.tokens[:, 0].tolist(), n, state.done.tolist(), state.heard.tolist(),
             farthest(state.looked).tolist(), strict=True,
         ):  # fmt: skip
-            most = min(int(self.most * heard) + self.spare, self.decoder.context - 1) - done
+            most = min(int(self.most * heard) + self.spare, self.context - 1) - done
             most = 0 if not heard or done >= self.longest else max(0, most)
             told = [token for token in told if token >= 0]
             speakers.append(Speaker(told, tokens[: min(length, most)], most, far, self.rewind))
@@ -192,7 +193,7 @@ class AlignedGreedy(Search):
 
     def _guess(self, speakers: list[Speaker], state: AlignedState) -> Tensor:
         """The last committed token and the guess behind it [B, 1 + U]."""
-        room = self.decoder.context - 1 - int(state.done.max())
+        room = self.context - 1 - int(state.done.max())
         for row in speakers:
             del row.guess[room:]
         most = max(len(row.guess) for row in speakers)

@@ -76,7 +76,7 @@ class AttentionScorer:
     @property
     def longest(self) -> int:
         """Tokens that fit into the decoder's context behind `sos`."""
-        return self.decoder.context - 1
+        return self.decoder.context - self.decoder.opened - 1
 
     def start(self, x: Frames) -> AttentionScores:
         begun = self.decoder.start(Memory.of(x[:0]))

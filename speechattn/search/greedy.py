@@ -55,7 +55,7 @@ class Greedy:
         """
         state = self.decoder.start(memory, behind=behind)
         device = memory.frames.mask.device
-        room = min(max_tokens, self.decoder.context - len(prompt) - len(committed))
+        room = min(max_tokens, self.decoder.context - self.decoder.opened - len(prompt) - len(committed))
         guess = list(takewhile(lambda token: token < self.end_of_text, guess))
         known = [*prompt, *committed, *guess[: room - 1]]
         hidden, seen, state = self.decoder.step(torch.tensor([known], device=device), state, heads=heads)
@@ -65,7 +65,7 @@ class Greedy:
             (i for i, (a, b) in enumerate(zip(said, known[start:], strict=False)) if a != b), len(known) - start
         )
         tokens, log_probs = said[: kept + 1], scores[: kept + 1]
-        state, rows = state.truncate(start + kept), [seen[0, :, : start + kept, :frames]]
+        state, rows = state.truncate(self.decoder.opened + start + kept), [seen[0, :, : start + kept, :frames]]
         while tokens[-1] != self.end_of_text and len(tokens) < room:
             hidden, seen, state = self.decoder.step(torch.tensor([tokens[-1:]], device=device), state, heads=heads)
             rows.append(seen[0, :, :, :frames])
