@@ -55,7 +55,7 @@ aot-kernels: .venv/dev
 
 .venv/demo: pyproject.toml | .venv/bin/pip
 	@echo "Installing into .venv, once; torch alone is 3 GB on Linux ..."
-	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -e '.[tiny,live]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -e '.[live]'
 	touch $@
 
 .venv/dev: pyproject.toml | .venv/bin/pip
