@@ -15,6 +15,7 @@ from conftest import random_whisper
 from torch import Tensor
 
 from speechattn.attention import Span, set_span
+from speechattn.decoder.letters import Letters
 from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.pretrained.whisper import WhisperModel
@@ -47,6 +48,18 @@ def turned(stream: Turning, x: Frames) -> Frames:
 
 
 @oracle.register
+def floored(stream: Floored, x: Frames) -> Frames:
+    low = x.values < 4 * stream.floor - 4
+    return Frames.of(torch.where(low, stream.floor, x.values / 4 + 1), x.mask)
+
+
+@oracle.register
+def lettered(stream: Letters, x: Frames) -> Frames:
+    scores = (torch.einsum("btd,vd->btv", x.values, stream.head.weight) + stream.head.bias).exp()
+    return Frames.of((scores / scores.sum(-1, keepdim=True)).log(), x.mask)
+
+
+@oracle.register
 def flowed(stream: Flow, x: Frames) -> Frames:
     """The second sees as many frames that are not there as the first is late."""
     y, late = oracle(stream.first, x), stream.first.plan().delay
@@ -74,6 +87,8 @@ def small(span: Span, *, period: int = 7) -> StreamingEncoder:
         lambda: Convolution(8, 6),
         lambda: Convolution(8, 8, stride=2),
         lambda: Turning(8, period=5),
+        lambda: Floored(-1.0),
+        lambda: Letters(8),
         lambda: StreamingEncoder(8, 8, 2, 2, span=Span.chunked(3, 2), period=7),
         lambda: StreamingEncoder(8, 8, 1, 2, span=Span.full(), period=7),
         lambda: Flow(Delay(3), StreamingEncoder(8, 8, 2, 2, span=Span.chunked(3, 4)).layers),

@@ -25,6 +25,7 @@ from speechattn.attention.quest import Quest
 from speechattn.attention.sparse import SparseSelfAttention
 from speechattn.audio.spectrum import CentredLogMel, KaldiFbank, LogMel
 from speechattn.decoder.ctc import CTC, SelfConditioned
+from speechattn.decoder.letters import Letters
 from speechattn.encoder import (
     LabelEncoder,
     layers,
@@ -34,7 +35,7 @@ from speechattn.model.pruning import GatedEncoder, PrunedEncoder, SplitEncoder
 from speechattn.pretrained.espnet.legacy import Whole
 from speechattn.pretrained.whisper import model as whisper
 from speechattn.pretrained.whisper.features import FrontEnd
-from speechattn.pretrained.whisper.streaming import Convolution, Flow, StreamingEncoder, Turning
+from speechattn.pretrained.whisper.streaming import Convolution, Floored, Flow, StreamingEncoder, Turning
 from speechattn.stream import (
     Delay,
     Stream,
@@ -77,7 +78,8 @@ ELSEWHERE: dict[type, str] = {
     MoBA: "test_selection.py", Quest: "test_selection.py", SampleAttention: "test_prefill.py",
     FlexPrefill: "test_prefill.py", EchoAttention: "test_echo.py", Scale: "test_echo.py", Together: "test_echo.py",
     Gated: "test_echo.py", Convolution: "test_embedded.py", Flow: "test_embedded.py",
-    StreamingEncoder: "test_embedded.py", Turning: "test_embedded.py",
+    StreamingEncoder: "test_embedded.py", Turning: "test_embedded.py", Floored: "test_embedded.py",
+    Letters: "test_embedded.py",
 }  # fmt: skip
 
 

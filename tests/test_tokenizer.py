@@ -315,7 +315,7 @@ def test_normalisers() -> None:
     assert normaliser("letters")(said) == "it's o'clock in café straße weg 'hier' नमस्ते"
     assert normaliser("lower")(" The  END.") == "the end."
     assert normaliser("whisper-english")("Mr. Brown's colour") == "mister brown is color"
-    assert [*NORMALISERS] == ["none", "lower", "letters", "whisper-english"]
+    assert [*NORMALISERS] == ["none", "lower", "letters", "written", "whisper-english"]
     with pytest.raises(InputError, match="text normaliser other: wanted one of none, lower"):
         normaliser("other")
 

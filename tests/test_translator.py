@@ -167,7 +167,7 @@ def test_source_and_translation_are_told_apart(folder: str) -> None:
 
 def test_the_source_head_never_gives_the_text() -> None:
     model = model_of("attention", "source")
-    with pytest.raises(InputError, match=r"search ctc: this model's heads allow attention$"):
+    with pytest.raises(InputError, match=r"search ctc: this model's heads allow attention, aligned$"):
         model.search("ctc")
     before = model.search(beam_size=3).decode(model.listening(batch().sound))
     nn.init.normal_(model.heads["source"].head.weight, std=5.0)  # type: ignore[union-attr, arg-type]
