@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "recipes" / "embedded"), str(ROOT / "benchmarks")]
 import model  # noqa: E402
 import model_runs  # noqa: E402
+import quiet  # noqa: E402
 import sources  # noqa: E402
 import testsets  # noqa: E402
 
@@ -152,6 +153,19 @@ def test_every_source_is_complete() -> None:
         assert source.licence
         assert len(source.sha256) == 64
         assert int(source.sha256, 16)
+
+
+def test_quiet_clips_are_as_loud_as_they_say(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "piece.ogg", np.tile(tone(2), 8), RATE)
+    for n in range(9):
+        clip = quiet.Clip(n, (tmp_path / "piece.ogg",))
+        x = clip()
+        level = 10 * np.log10(np.mean(x.astype(float) ** 2))
+        low, high = quiet.LEVELS[clip.kind]
+        assert clip.kind == ("hiss", "noise", "music")[n % 3]
+        assert low - 1 <= level <= high + 1
+        assert quiet.SHORTEST_S * RATE <= len(x) <= quiet.LONGEST_S * RATE
+        assert np.array_equal(x, clip())
 
 
 def test_differences_are_paired() -> None:

@@ -126,6 +126,14 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed_with_its_reason(tmp_
     assert [cut.id for cut in check_with_lhotse(tmp_path, "toy", "train")] == ["good"]
 
 
+def test_where_nobody_speaks_there_is_no_text_and_it_says_what_is_heard(tmp_path: Path) -> None:
+    rain = Utterance("rain", tone(1), "", "nobody", "en", custom={"sound": "rain"})
+    assert write_manifests(tmp_path, "toy", "train", [rain]).utterances == 1
+    (cut,) = check_with_lhotse(tmp_path, "toy", "train")
+    assert cut.supervisions[0].text == ""
+    assert cut.supervisions[0].custom["sound"] == "rain"
+
+
 def test_a_full_disk_is_no_fault_of_the_utterance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")

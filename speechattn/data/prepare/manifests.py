@@ -11,7 +11,8 @@ The contract. A corpus NAME with a part SPLIT (train, dev, test, ...) is a folde
 All three manifests are lhotse's JSON lines. A cut is a `MonoCut` whose id is the utterance's, with exactly one
 supervision over all of it (same id, start 0, same duration) and its recording inside. A supervision has
 
-- `text`: what is said, as the corpus has it (normalising is the business of training and scoring), never empty;
+- `text`: what is said, as the corpus has it (normalising is the business of training and scoring); it is empty only
+  where nobody speaks, and then `custom.sound` says what is heard;
 - `speaker`: an id; voices that the corpus does not tell apart share one;
 - `language`: the code of what is spoken (`en`, `pt_BR`);
 - `custom.translation` and `custom.translation_language`, for speech translation;
@@ -158,7 +159,7 @@ class Writer:
         try:
             if utterance.id in self.ids:
                 raise InputError("an earlier utterance has the same id")
-            if not utterance.text.strip():
+            if not utterance.text.strip() and "sound" not in utterance.custom:
                 raise InputError("no text")
             if utterance.translation is not None and not utterance.translation.strip():
                 raise InputError("no translation")
