@@ -19,6 +19,7 @@ class Encoder(Serial):
     subsample: Stream
     layers: Serial
     norm: Stream
+    revise: int = 0  # frames of a chunk that a listener reads again with the next one
 
     def __init__(self, subsample: Stream, layers: Sequence[Stream], norm: Stream, *, dim: int) -> None:
         super().__init__(subsample=subsample, layers=Serial(*layers), norm=norm)

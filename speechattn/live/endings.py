@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from speechattn.errors import InputError
 
-__all__ = ["Limits", "StreamSettings", "at_least"]
+__all__ = ["Glimpse", "Limits", "StreamSettings", "at_least"]
 
 
 MOST_S = 1e9
@@ -47,6 +47,17 @@ class StreamSettings:
             raise InputError(f"certainty is {self.certainty}: from 0.5 to 1")
 
 
+@dataclass(frozen=True)
+class Glimpse:
+    """Where a stream stands with what it sees ahead: `frames` of it, `quiet` since something was said, and whether it
+    `spoke` since the search began. At frame `next` it speaks again after a pause that is still ahead, or None."""
+
+    frames: int
+    quiet: int
+    spoke: bool
+    next: int | None
+
+
 @dataclass
 class Limits:
     """Settings in frames."""
@@ -83,3 +94,12 @@ class Limits:
             if silent or tired or (since >= self.longest and quiet >= self.pause):
                 return t + 1, True
         return len(valid), False
+
+    def glimpse(self, frames: int, nothing: list[bool], valid: list[bool], counts: list[int]) -> Glimpse:
+        """Behind `frames` with `counts` (quiet, since, spoke): where `nothing` is said in those ahead that are valid."""
+        (quiet, _, spoke), after = counts, None
+        for silent in (n for n, there in zip(nothing, valid, strict=True) if there):
+            if not silent and after is None and quiet >= self.pause and spoke:
+                after = frames
+            quiet, spoke, frames = (quiet + 1 if silent else 0), spoke + (not silent), frames + 1
+        return Glimpse(frames, quiet, spoke > 0, after)

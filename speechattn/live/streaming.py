@@ -14,7 +14,7 @@ from speechattn import tree
 from speechattn.audio.resample import Samples
 from speechattn.errors import InputError
 from speechattn.frames import Frames
-from speechattn.live.endings import Limits, StreamSettings
+from speechattn.live.endings import Glimpse, Limits, StreamSettings
 from speechattn.live.events import Word
 from speechattn.live.listener import Decision, StreamModel
 from speechattn.live.report import Report
@@ -139,18 +139,20 @@ class Streaming:
         self.state = None if self.policy is None else self.policy.initial()
         return Decision(words, final=True) if words or spoke or before else None
 
-    def safe(self, best: Hypothesis, agreed: int, frames: int, quiet: int, draft: Draft | None = None) -> int:
+    def safe(self, best: Hypothesis, agreed: int, glimpse: Glimpse, draft: Draft | None = None) -> int:
         """Tokens of the best hypothesis that may be committed now: whole words.
 
         Without a policy those that are `agreed` upon; else what it says of the same as a `draft`.
         """
-        paused = quiet >= self.limits.pause and self.search.prompt
+        frames, paused = glimpse.frames, glimpse.quiet >= self.limits.pause and self.search.prompt
         if self.policy is not None:
             assert draft is not None
             source = Source(frames, self.frame_s, finished=False, paused=paused)
             agreed, self.state = self.policy.accept(replace(draft, first=self.first), source, self.state)
         old = (i for i, (_, end) in enumerate(best.spans) if end > frames - self.limits.patience)
         agreed = max(agreed, next(old, len(best.tokens)))
+        if glimpse.next is not None:  # that may belong to another utterance
+            agreed = min(agreed, next((i for i, (a, _) in enumerate(best.spans) if a >= glimpse.next), agreed))
         if paused and agreed == len(best.tokens):
             return agreed
         ahead = self.policy is not None and bool(self.policy.heads)  # the next token, where it looks, ends a word
@@ -195,7 +197,7 @@ def listen(listeners: Sequence[Streaming]) -> list[list[Decision]]:
     x = Frames(torch.cat([x.values for x in sound]), torch.cat([x.mask for x in sound]))
     frames, stream = model.listening.step(x, row.stream)
     decisions = [list[Decision]() for _ in listeners]
-    row = replace(search_on(listeners, frames, row, decisions), stream=stream)
+    row = replace(search_on(listeners, frames, model.listening.ahead(stream), row, decisions), stream=stream)
     rows = Rows(row, len(listeners))
     for i, one in enumerate(listeners):
         one.place = Place(rows, i)
@@ -221,11 +223,18 @@ def started(listeners: Sequence[Streaming], frames: Frames, heard: Tensor) -> Be
     return search.bias(beam, torch.tensor(roots, device=heard.device))
 
 
-def search_on(listeners: Sequence[Streaming], frames: Frames, row: Row, decisions: list[list[Decision]]) -> Row:
-    """The search goes on over frames [B, T, D]; where an utterance ends between them it begins anew."""
+def search_on(
+    listeners: Sequence[Streaming], frames: Frames, ahead: Frames | None, row: Row, decisions: list[list[Decision]]
+) -> Row:  # fmt: skip
+    """The search goes on over frames [B, T, D], with a glimpse of those ahead [B, T', D].
+
+    Where an utterance ends between them it begins anew.
+    """
     search, beam = listeners[0].search, row.beam
     counts = torch.stack([row.quiet, row.since, row.spoke], 1).tolist()
     nothing, valid = listeners[0].model.blank(frames).tolist(), frames.mask.tolist()
+    ahead = frames[:0] if ahead is None else ahead
+    silent, there = listeners[0].model.blank(ahead).tolist(), ahead.mask.tolist()
     at, stop = [0] * len(listeners), [0] * len(listeners)
     over = [True]
     while any(over):
@@ -233,18 +242,23 @@ def search_on(listeners: Sequence[Streaming], frames: Frames, row: Row, decision
         for i, one in enumerate(listeners):
             stop[i], end = one.limits.until_end(nothing[i], valid[i], at[i], counts[i])
             over.append(end)
-        beam = search.step(between(frames, at, stop), beam)
+        none = torch.tensor(over, device=ahead.mask.device)[:, None]
+        beam = search.peek(between(frames, at, stop), Frames.of(ahead.values, ahead.mask & ~none), beam)
         at = list(stop)
         if any(over):
             beam = restarted(listeners, frames, beam, over, counts, decisions)
-    best, read, room = answers(search, beam), beam.frames.tolist(), search.room(beam).tolist()
+    best, room = answers(search, beam), search.room(beam).tolist()
+    glimpses = [
+        one.limits.glimpse(*each)
+        for one, *each in zip(listeners, beam.frames.tolist(), silent, there, counts, strict=True)
+    ]
     agreed = beam.agreed(listeners[0].settings.certainty).tolist()
     asked = any(one.policy is not None for one in listeners)
     drafts = search.looks(beam) if asked else [None] * len(listeners)
     n = []
     for i, one in enumerate(listeners):
-        best[i] = best[i] if counts[i][2] else NOTHING
-        n.append(one.safe(best[i], agreed[i], read[i], counts[i][0], drafts[i]) if counts[i][2] else 0)
+        best[i] = best[i] if glimpses[i].spoke else NOTHING
+        n.append(one.safe(best[i], agreed[i], glimpses[i], drafts[i]) if glimpses[i].spoke else 0)
         decision = one.decide(best[i], n[i])
         decisions[i] += [] if decision is None else [decision]
         counts[i][1] = max(counts[i][1], one.limits.weary(room[i]))

@@ -18,7 +18,7 @@ LONGEST_MS = 10_000  # who waits for longer does not listen live
 def set_chunk(model: Recognizer, chunk_ms: int) -> None:
     """The encoder hears chunks of so many milliseconds from now on, with as much before them as it did.
 
-    Law: it is the model whose configuration has this chunk. A session that runs does not survive it. InputError for
+    Law: it is the model whose configuration has this chunk, and behind it what is read again. A session that runs does not survive it. InputError for
     what is no whole number of the encoder's frames, for more than `LONGEST_MS`, and for an encoder without chunks.
     """
     plan = model.listening.plan()
@@ -35,6 +35,6 @@ def set_chunk(model: Recognizer, chunk_ms: int) -> None:
     if chunk_ms > LONGEST_MS:
         raise InputError(f"a chunk of {chunk_ms} ms: at most {LONGEST_MS} ms")
     try:
-        set_span(model.encoder, replace(span, chunk=int(frames)))
+        set_span(model.encoder, replace(span, chunk=int(frames) + getattr(model.encoder, "revise", 0)))
     except ValueError as error:
         raise InputError(f"a chunk of {chunk_ms} ms: {error}") from error

@@ -38,6 +38,7 @@ class AlignedState:
     last: Tensor
     done: Tensor
     heard: Tensor
+    shown: Tensor
     origin: Tensor
     until: Tensor
 
@@ -52,7 +53,7 @@ class AlignedGreedy(Search):
 
     The tokens of the draft before are read in one pass, and kept as far as they would be said again. Law: such a guess
     changes the time that a search takes, never its result. Committed tokens keep what they made of the frames that
-    were there; the last one is read again.
+    were there; the last one is read again. Frames of which there was only a glimpse (`peek`) are forgotten then.
 
     Tokens in `never` are not said; those in `never_next` (they do not begin a word) not directly behind what was
     committed. When `memory` frames were read or the decoder's context is full, nothing more is heard or said: `room`
@@ -84,7 +85,7 @@ class AlignedGreedy(Search):
         looked = Looked(x.values.new_zeros(len(none), 0, len(self.heads), 0), none)
         told = none[:, None].expand(-1, RECENT) - 1
         state = AlignedState(
-            self.decoder.start(Memory.of(x)), looked, told.clone(), none + self.sos, *(none.clone() for _ in range(4))
+            self.decoder.start(Memory.of(x)), looked, told.clone(), none + self.sos, *(none.clone() for _ in range(5))
         )
         return Beam(Prefixes.empty(x.values, 1), x.values.new_zeros(len(none), 1), none.clone(), state)
 
@@ -92,18 +93,29 @@ class AlignedGreedy(Search):
         beam = self.start(x)
         return replace(beam, frames=heard, state=replace(beam.state, origin=heard))
 
-    @torch.inference_mode()
     def step(self, x: Frames, beam: Beam) -> Beam:
-        x = x.front()
-        some = x.mask.any(1)
+        return self.peek(x, x[:0], beam)
+
+    @torch.inference_mode()
+    def peek(self, x: Frames, ahead: Frames, beam: Beam) -> Beam:
+        x, ahead = x.front(), ahead.front()
+        some = x.mask.any(1) | ahead.mask.any(1)
         if bool(some.all()):
-            return self._spoken(self._read(x, beam), whole=False) if len(some) else beam
+            return self._heard(x, ahead, beam) if len(some) else beam
         if not bool(some.any()):
             return beam
         moves, rests = some.nonzero()[:, 0], (~some).nonzero()[:, 0]
-        moved = self._spoken(self._read(tree.select(x, moves), tree.select(beam, moves)), whole=False)
+        moved = self._heard(*(tree.select(part, moves) for part in (x, ahead, beam)))
         both: Beam = tree.select(tree.concat([moved, tree.select(beam, rests)]), torch.cat([moves, rests]).argsort())
         return both
+
+    def _heard(self, x: Frames, ahead: Frames, beam: Beam) -> Beam:
+        """Another draft behind frames [B, T, D], which are read, and those ahead of them, which are not."""
+        beam = self._read(x, beam)
+        glimpse = self._read(ahead, beam) if ahead.mask.shape[1] else beam
+        said, before = self._spoken(glimpse, whole=False), beam.state
+        decoder = replace(said.state.decoder, cross=before.decoder.cross)
+        return replace(said, frames=beam.frames, state=replace(said.state, decoder=decoder, heard=before.heard))
 
     @torch.inference_mode()
     def finish(self, beam: Beam) -> Beam:
@@ -134,11 +146,11 @@ class AlignedGreedy(Search):
         return left
 
     def looks(self, beam: Beam) -> list[Draft]:
-        looked, heard = beam.state.looked, beam.state.heard.tolist()
+        looked, shown = beam.state.looked, beam.state.shown.tolist()
         drafts = []
         for b, draft in enumerate(super().looks(beam)):
             rows = int(looked.first[b]) + len(draft.tokens) + 1
-            weights = looked.values[b, :rows, :, : heard[b]].transpose(0, 1)
+            weights = looked.values[b, :rows, :, : shown[b]].transpose(0, 1)
             drafts.append(replace(draft, weights=weights.float().cpu(), heads=self.heads))
         return drafts
 
@@ -174,7 +186,9 @@ class AlignedGreedy(Search):
         decoder = kept(decoder, state.done + n + 1 + self.decoder.opened)
         looked = self._looked(state, torch.cat(rows, 1), torch.cat(used, 1), n)
         said = self._prefixes(speakers, replace(state, looked=looked), beam.said)
-        state = replace(state, decoder=replace(decoder, place=state.decoder.place), looked=looked)
+        state = replace(
+            state, decoder=replace(decoder, place=state.decoder.place), looked=looked, shown=state.heard
+        )  # fmt: skip
         return replace(beam, said=said, score=said.log_probs.sum(2), state=state)
 
     def _speakers(self, beam: Beam) -> list[Speaker]:

@@ -159,6 +159,12 @@ class Search:
         """Read the next frames [B, T, D]. `beam` is consumed."""
         raise NotImplementedError
 
+    def peek(self, x: Frames, ahead: Frames, beam: Beam) -> Beam:
+        """As `step`, with a glimpse of frames [B, T', D] `ahead` that are not read yet: the next step reads them anew,
+        and they may be others then. Only what is said now may depend on them.
+        """
+        return self.step(x, beam)
+
     def finish(self, beam: Beam) -> Beam:
         """No frame will follow."""
         return beam

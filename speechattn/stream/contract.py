@@ -162,6 +162,13 @@ class Stream(nn.Module):
         """The next piece of input -> what can be said now, and the next state. `state` is consumed."""
         raise NotImplementedError
 
+    def ahead(self, state: Any) -> Frames | None:
+        """What the stream thinks of the frames that it will say next, as far as it has read them; None: nothing.
+
+        They are valid where the frames are there, and the next step may say something else of them.
+        """
+        return None
+
     def forward(self, x: Frames) -> Frames:
         """The whole utterance: one step over `flush(x)`, without the delay.
 

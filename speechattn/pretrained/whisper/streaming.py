@@ -1,4 +1,4 @@
-"""Whisper's encoder as streams, with the same weights: every chunk is encoded once.
+"""Whisper's encoder as streams, with the same weights: every chunk is encoded once, or its end once more.
 
 What makes it need 30 s is taken away: attention sees the chunk and some history (`Span`), the floor of the features is
 a number instead of the loudest frame of the window, and the positions turn in a circle instead of ending.
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from speechattn.attention.pattern import Pattern, Span
 from speechattn.encoder import Encoder
 from speechattn.encoder.layers import feed_forward, self_attention
+from speechattn.encoder.revising import Revising
 from speechattn.frames import Frames
 from speechattn.pretrained.whisper.config import WhisperConfig
 from speechattn.pretrained.whisper.features import FrontEnd
@@ -106,10 +107,14 @@ class StreamingEncoder(Encoder):
     """Log-mel [B, 2T, mels] -> [B, T, dim]: Whisper's encoder (arXiv 2212.04356), whose attention sees `span`.
 
     Law: with `Span.full()`, from position 0, and no more than `period` frames it is Whisper's.
+
+    Who listens by it (`listening`) reads the last `revise` frames of each chunk again with the next one (`Revising`).
+    `forward`, by which it is trained, says each chunk of the span once.
     """
 
     def __init__(
-        self, mels: int = 80, dim: int = 384, depth: int = 4, heads: int = 6, *, span: Pattern, period: int = PERIOD
+        self, mels: int = 80, dim: int = 384, depth: int = 4, heads: int = 6, *, span: Pattern, revise: int = 0,
+        period: int = PERIOD,
     ) -> None:  # fmt: skip
         stem = Serial(
             first=Convolution(mels, dim), second=Convolution(dim, dim, stride=2), positions=Turning(dim, period)
@@ -122,11 +127,13 @@ class StreamingEncoder(Encoder):
             for _ in range(depth)
         ]
         super().__init__(stem, blocks, Pointwise(nn.LayerNorm(dim)), dim=dim)
+        self.revise = revise
 
     def listening(self, front_end: Stream) -> Flow:
         """Front-end and convolutions stand in one series: their two looks ahead of 10 ms are one frame."""
         stem = [part for whole in (front_end, self.subsample) for part in members(whole)]
-        return Flow(Serial(*stem), Serial(layers=self.layers, norm=self.norm))
+        body: Stream = Serial(layers=self.layers, norm=self.norm)
+        return Flow(Serial(*stem), Revising(body, self.revise) if self.revise else body)
 
 
 class Flow(Planned):
@@ -168,6 +175,9 @@ class Flow(Planned):
         y, first = self.first.step(x, first)
         y, second = self.second.step(y, second)
         return y, (first, second)
+
+    def ahead(self, state: Any) -> Frames | None:
+        return self.second.ahead(state[1]) if isinstance(state, tuple) and state else None
 
 
 def members(stream: Stream) -> list[Stream]:

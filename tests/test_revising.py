@@ -1,0 +1,139 @@
+"""Frames that are encoded again with the next chunk: the stream, and a search that has a glimpse of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from speechattn.attention import Span, set_span
+from speechattn.encoder.revising import Revising
+from speechattn.frames import Frames
+from speechattn.live.endings import Limits, StreamSettings
+from speechattn.pretrained.whisper.streaming import StreamingEncoder
+from speechattn.stream import Delay, Serial, Stream
+from speechattn.testing import check_export, check_stream, oracle, random_frames
+
+
+def layers(span: Span, depth: int = 2) -> Serial:
+    encoder = StreamingEncoder(5, 8, depth, 2, span=span)
+    for name, parameter in encoder.named_parameters():
+        nn.init.normal_(parameter, 1.0 if "norm" in name and "weight" in name else 0.0, 0.4)
+    return Serial(layers=encoder.layers, norm=encoder.norm)
+
+
+@oracle.register
+def revised(stream: Revising, x: Frames) -> Frames:
+    """Window by window: what each layer read before is kept as it read it, all others are read anew."""
+    body: Any = stream.inner
+    blocks, revise = body.layers.members, stream.revise
+    span = blocks[0].attention.first.span
+    new, total = span.chunk - revise, x.mask.shape[1]
+    kept = [x[:0] for _ in blocks]
+    said: list[Frames] = []
+    stable, end = -revise, 0
+    front = Frames(x.values.new_zeros(len(x.mask), revise, x.values.shape[2]), x.mask.new_zeros(len(x.mask), revise))
+    x = Frames.cat([front, x.pad(2 * span.chunk)])  # frame 0 of it is frame -revise
+    while stable < total:
+        window = x[stable + revise : end + new + revise]
+        for i, block in enumerate(blocks):
+            read = window[:new]
+            before = kept[i] if span.left is None else kept[i][max(0, kept[i].mask.shape[1] - span.left + revise) :]
+            both, attention = Frames.cat([before, window]), block.attention.first
+            attention.span = Span.full()
+            y = oracle(attention, both)[before.mask.shape[1] :]
+            attention.span = span
+            window = oracle(block.feed_forward, Frames.of(window.values + y.values, window.mask))
+            kept[i] = Frames.cat([kept[i], read])
+        said.append(oracle(body.norm, window)[:new])
+        stable, end = stable + new, end + new
+    return Frames.cat(said)[revise : revise + total]
+
+
+@pytest.mark.usefixtures("precise")
+@pytest.mark.parametrize(
+    ("left", "chunk", "revise"), [(6, 4, 1), (6, 5, 2), (5, 4, 2), (None, 6, 4), (8, 7, 5), (4, 4, 3)]
+)
+def test_laws(left: int | None, chunk: int, revise: int) -> None:
+    stream = Revising(layers(Span.chunked(left, chunk)), revise).eval()
+    check_stream(stream, random_frames([26, 0, 19], 8), seed=1)
+    check_export(stream, random_frames([3 * (chunk - revise), 2 * (chunk - revise)], 8))
+
+
+@pytest.mark.usefixtures("precise")
+def test_each_frame_has_heard_what_follows_it_and_no_more() -> None:
+    stream, x = Revising(layers(Span.chunked(8, 6)), 2).eval(), random_frames([40], 8)
+    assert stream.plan()[:3] == (4, 1, 2)
+    y = stream(x).values
+    for t in (9, 10, 20, 23):
+        later = x.values.clone()
+        later[:, t:] = torch.randn_like(later[:, t:])
+        same = [torch.equal(a, b) for a, b in zip(y[0], stream(Frames(later, x.mask)).values[0], strict=True)]
+        final = t // 4 * 4 - 2
+        assert all(same[:final]), t
+        assert not any(same[final : t + 1]), t
+
+
+@pytest.mark.usefixtures("precise")
+def test_what_is_ahead_is_what_a_stream_that_ends_here_says() -> None:
+    stream, x = Revising(layers(Span.chunked(None, 6)), 2).eval(), random_frames([24, 20], 8)
+    state = stream.init_state(x)
+    assert not stream.ahead(state).mask.any()
+    for at in range(0, 24, 4):
+        y, state = stream.step(x[at : at + 4], state)
+        ahead = stream.ahead(state)
+        assert torch.equal(ahead.mask, x.mask[:, at + 2 : at + 4])
+        ended, _ = stream.step(Frames(x.values[:, :4] * 0, x.mask[:, :4] & False), state)
+        assert torch.allclose(ended.values[:, :2], ahead.values)
+
+
+def test_what_cannot_be_read_again() -> None:
+    x = random_frames([8], 8)
+    with pytest.raises(ValueError, match="at least 1"):
+        Revising(Delay(0), 0)
+    with pytest.raises(ValueError, match="nothing is new"):
+        Revising(layers(Span.chunked(8, 2)), 2).plan()
+    with pytest.raises(ValueError, match="looks ahead"):
+        Revising(layers(Span.chunked(8, 4, right=1)), 2).plan()
+    with pytest.raises(ValueError, match="cannot read frames again"):
+        Revising(layers(Span(8, 4, sinks=2)), 2).init_state(x)
+
+
+def test_with_everything_in_sight_nothing_is_read_twice() -> None:
+    body = layers(Span.full()).eval()
+    stream, x = Revising(body, 3), random_frames([9, 5], 8)
+    assert stream.plan().block is None
+    assert stream.ahead(stream.init_state(x)) is None
+    assert torch.equal(stream(x).values, body(x).values)
+
+
+@pytest.mark.usefixtures("precise")
+def test_an_encoder_is_trained_without_and_listens_with_it() -> None:
+    encoder = StreamingEncoder(8, 8, 2, 2, span=Span.chunked(8, 6), revise=2, period=7).eval()
+    x = random_frames([64], 8)
+    heard, listening = encoder(x), encoder.listening(Delay(0))
+    assert listening.plan().block == 2 * 4
+    assert not torch.allclose(listening(x).values, heard.values)
+    set_span(encoder, Span.full())
+    assert torch.allclose(encoder.listening(Delay(0))(x).values, encoder(x).values)
+
+
+def test_speech_after_a_pause_ahead_is_kept_apart() -> None:
+    limits = Limits.of(StreamSettings(pause_s=0.06), 0.02)
+    quiet, loud, there = [True] * 4, [False] * 4, [True] * 4
+
+    def glimpse(nothing: list[bool], counts: list[int], valid: list[bool] = there) -> tuple[Any, ...]:
+        found = limits.glimpse(100, nothing, valid, counts)
+        return found.frames, found.quiet, found.spoke, found.next
+
+    assert glimpse(quiet, [2, 9, 5]) == (104, 6, True, None)
+    assert glimpse(quiet, [2, 9, 0]) == (104, 6, False, None)
+    assert glimpse(loud, [0, 9, 0]) == (104, 0, True, None)
+    assert glimpse(loud, [3, 9, 5]) == (104, 0, True, 100)
+    assert glimpse([True, False, True, True], [2, 9, 5]) == (104, 2, True, 101)
+    assert glimpse([True, False, True, True], [1, 9, 5]) == (104, 2, True, None)
+    assert glimpse(loud, [3, 9, 5], [True, True, False, False]) == (102, 0, True, 100)
+    assert glimpse(loud, [3, 9, 0]) == (104, 0, True, None)
