@@ -75,13 +75,14 @@ def utterances(rows: int, frames: int, *, holes: bool = True) -> Frames:
 class Loops:
     """One row in plain Python, which keeps nothing but texts and frames.
 
-    `read` are the tokens whose keys and values stay, each with the number of frames that were there when they were
-    made: they are made anew from the beginning, one by one, whenever something is said.
+    `read` are the tokens whose keys and values stay, each with the frames that were seen when they were made: they are
+    made anew from the beginning, one by one, whenever something is said. Frames `ahead` are seen, and not kept.
     """
 
     decoder: AttentionDecoder
     frames: list[Tensor] = field(default_factory=list)
-    read: list[tuple[int, int]] = field(default_factory=list)
+    ahead: list[Tensor] = field(default_factory=list)
+    read: list[tuple[int, list[Tensor]]] = field(default_factory=list)
     last: int = END
     committed: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -92,16 +93,20 @@ class Loops:
     most: float = 0.5
     spare: int = 2
 
-    def seen(self, n: int) -> Any:
-        return self.decoder.start(Memory.of(Frames(torch.stack(self.frames[:n])[None], torch.ones(1, n) > 0)))
+    @property
+    def shown(self) -> list[Tensor]:
+        return [*self.frames, *self.ahead]
+
+    def seen(self, frames: list[Tensor]) -> Any:
+        return self.decoder.start(Memory.of(Frames(torch.stack(frames)[None], torch.ones(1, len(frames)) > 0)))
 
     def speak(self, *, whole: bool = False) -> None:
-        n = len(self.frames)
-        state = self.seen(n)
+        n, shown = len(self.shown), self.shown
+        state = self.seen(shown)
         for token, frames in self.read:
             state = replace(state, cross=self.seen(frames).cross)
             _, _, state = self.decoder.step(torch.tensor([[token]]), state)
-        state = replace(state, cross=self.seen(n).cross)
+        state = replace(state, cross=self.seen(shown).cross)
         self.tokens, self.log_probs, self.looks, self.peaks = [], [], [], []
         far = self.far
         token, most = self.last, int(self.most * n) + self.spare - len(self.committed)
@@ -128,7 +133,7 @@ class Loops:
 
     def commit(self, n: int) -> None:
         if n:
-            self.read += [(token, len(self.frames)) for token in [self.last, *self.tokens[: n - 1]]]
+            self.read += [(token, self.shown) for token in [self.last, *self.tokens[: n - 1]]]
             self.last = self.tokens[n - 1]
             self.committed += self.tokens[:n]
             self.far = max(self.far, *self.peaks[:n])
@@ -142,17 +147,20 @@ def compare(search: AlignedGreedy, beam: Beam, rows: list[Loops]) -> None:
         assert found.score == pytest.approx(sum(row.log_probs), abs=1e-9)
         if row.looks:
             mine = draft.weights[:, -len(row.looks) :]
-            assert mine.shape[2] == len(row.frames)
+            assert mine.shape[2] == len(row.shown)
             torch.testing.assert_close(mine, torch.stack(row.looks, 1).float())
 
 
 @pytest.mark.usefixtures("precise")
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10**6), guess=st.booleans(), begun=st.booleans(), data=st.data())
+@given(
+    seed=st.integers(0, 10**6), guess=st.booleans(), begun=st.booleans(), ahead=st.integers(0, 5), data=st.data()
+)  # fmt: skip
 def test_drafts_are_those_of_loops_that_read_all_anew(
-    seed: int, guess: bool, begun: bool, data: st.DataObject
+    seed: int, guess: bool, begun: bool, ahead: int, data: st.DataObject
 ) -> None:  # fmt: skip
-    """Whatever the chunks, the neighbours, frames that are not there, the commits, the guess, the opening."""
+    """Whatever the chunks, the neighbours, frames that are not there, the commits, the guess, the opening, the
+    glimpses."""
     made = decoder(seed, **({"cross": partial(Resting, rest=3, weight=2.0)} if begun else {}))
     made.opening = nn.Parameter(torch.randn(2, DIM), requires_grad=False) if begun else None
     search, x = aligned(made), utterances(3, 24)
@@ -160,17 +168,19 @@ def test_drafts_are_those_of_loops_that_read_all_anew(
     beam, at = search.start(x), 0
     while at < 24:
         size = data.draw(st.integers(1, 9))
-        piece = x[at : at + size]
+        piece, seen = x[at : at + size], utterances(3, ahead)
         at += size
+        there = (piece.mask.any(1) | seen.mask.any(1)).tolist()
         if not guess:
             beam = replace(beam, said=Prefixes.empty(x.values, 1))
-            for row, there in zip(rows, piece.mask.any(1).tolist(), strict=True):  # who hears nothing says no more
-                if not there:
+            for row, speaks in zip(rows, there, strict=True):  # who hears nothing says no more
+                if not speaks:
                     row.tokens, row.log_probs = [], []
-        beam = search.step(piece, beam)
-        for row, values, mask in zip(rows, piece.values, piece.mask, strict=True):
-            row.frames += [*values[mask]]
-            if bool(mask.any()):
+        beam = search.peek(piece, seen, beam) if ahead else search.step(piece, beam)
+        for b, row in enumerate(rows):
+            row.frames += [*piece.values[b, piece.mask[b]]]
+            if there[b]:
+                row.ahead = [*seen.values[b, seen.mask[b]]]
                 row.speak()
         if guess:
             compare(search, beam, rows)
@@ -184,8 +194,11 @@ def test_drafts_are_those_of_loops_that_read_all_anew(
             compare(search, beam, rows)
     beam = search.finish(beam)
     for row in rows:
+        row.ahead = []
         if row.frames:
             row.speak(whole=True)
+        else:
+            row.tokens, row.log_probs, row.looks = [], [], []
     compare(search, beam, rows)
     assert beam.frames.tolist() == x.lengths.tolist()
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from speechattn.attention import Span, set_span
 from speechattn.encoder.revising import Revising
 from speechattn.frames import Frames
 from speechattn.live.endings import Limits, StreamSettings
 from speechattn.pretrained.whisper.streaming import StreamingEncoder
-from speechattn.stream import Delay, Serial, Stream
+from speechattn.stream import Delay, Serial
 from speechattn.testing import check_export, check_stream, oracle, random_frames
 
 
@@ -83,7 +82,7 @@ def test_what_is_ahead_is_what_a_stream_that_ends_here_says() -> None:
     state = stream.init_state(x)
     assert not stream.ahead(state).mask.any()
     for at in range(0, 24, 4):
-        y, state = stream.step(x[at : at + 4], state)
+        _, state = stream.step(x[at : at + 4], state)
         ahead = stream.ahead(state)
         assert torch.equal(ahead.mask, x.mask[:, at + 2 : at + 4])
         ended, _ = stream.step(Frames(x.values[:, :4] * 0, x.mask[:, :4] & False), state)

@@ -142,7 +142,7 @@ def test_the_head_of_letters_hears_where_nobody_speaks() -> None:
 def test_a_head_of_letters_needs_not_the_tokens_of_the_model(tmp_path: Path) -> None:
     student = import_student()
     whisper = random_whisper(audio_context=500)
-    said = student.config(whisper, 6, left=20, chunk=5, whole=False)
+    said = student.config(whisper, 6, left=20, chunk=5, revise=0, whole=False)
     made = from_config(said, tokenizer())
     save_model(made, tmp_path / "one")
     again = load_model(tmp_path / "one")
@@ -179,7 +179,7 @@ def test_the_decoder_keeps_what_whisper_says() -> None:
         tokenizer=SimpleNamespace(end_of_text=12, id={"<|startoftranscript|>": 13, "<|notimestamps|>": 14}.get),
     )
     kept, student = [2, 5, 7], import_student()
-    config = student.config(whisper, 6, left=20, chunk=5, whole=True)
+    config = student.config(whisper, 6, left=20, chunk=5, revise=0, whole=True)
     made = from_config(config, Pieces([BLANK, UNKNOWN, "x", "y", "z", END])).heads["attention"].eval()
     made.load_state_dict(student.decoder_weights(fake, kept))
     memory = Memory.of(Frames(torch.randn(1, 20, 16), torch.ones(1, 20, dtype=torch.bool)))
@@ -305,7 +305,7 @@ def test_the_joint_recipe_is_that_of_the_student() -> None:
     yaml = pytest.importorskip("yaml")
     recipe = yaml.safe_load((ROOT / "recipes/embedded/encoder/joint.yaml").read_text())["model"]["init_args"]
     whisper = random_whisper()
-    made = import_student().config(whisper, 31944, left=400, chunk=32, whole=False)
+    made = import_student().config(whisper, 31944, left=400, chunk=32, revise=16, whole=False)
     for part in ("front_end", "encoder"):
         assert recipe[part]["class_path"] == made[part]["class_path"]
     mine, theirs = recipe["heads"]["attention"]["init_args"], made["heads"]["attention"]["init_args"]
@@ -316,7 +316,7 @@ def test_the_joint_recipe_is_that_of_the_student() -> None:
 
 def test_a_whole_student_hears_everything() -> None:
     whisper = random_whisper(audio_context=500)
-    made = from_config(import_student().config(whisper, 6, left=20, chunk=5, whole=True), tokenizer())
+    made = from_config(import_student().config(whisper, 6, left=20, chunk=5, revise=0, whole=True), tokenizer())
     assert made.listening.plan().block is None
     set_span(made.encoder, Span.chunked(20, 5))
     assert made.listening.plan().block == 1600

@@ -46,10 +46,10 @@ def english(tokenizer: Tokenizer, most: int) -> Iterator[tuple[str, int]]:
             yield piece, i
 
 
-def config(whisper: Whisper, vocab: int, *, left: int, chunk: int, whole: bool) -> dict[str, Any]:
-    """What `config.yaml` says; `left` and `chunk` in frames of 20 ms."""
+def config(whisper: Whisper, vocab: int, *, left: int, chunk: int, revise: int, whole: bool) -> dict[str, Any]:
+    """What `config.yaml` says; `left`, `chunk` and `revise` in frames of 20 ms."""
     sizes, dim = whisper.config, whisper.config.encoder_dim
-    chunks = {"class_path": "speechattn.attention.Span", "init_args": {"left": left, "chunk": chunk}}
+    chunks = {"class_path": "speechattn.attention.Span", "init_args": {"left": left, "chunk": chunk + revise}}
     resting = {
         "class_path": "speechattn.cross.soft.Resting",
         "init_args": {"rest": sizes.audio_context // THIN, "weight": float(THIN), "key_bias": False},
@@ -69,6 +69,7 @@ def config(whisper: Whisper, vocab: int, *, left: int, chunk: int, whole: bool) 
             "init_args": {
                 "mels": sizes.mels, "dim": dim, "depth": sizes.encoder_layers, "heads": sizes.encoder_heads,
                 "span": {"class_path": "speechattn.attention.Span.full"} if whole else chunks,
+                **({} if whole else {"revise": revise}),
             },
         },
         "heads": {
@@ -115,12 +116,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768, help="of Whisper's vocabulary")
     parser.add_argument("--left", type=int, default=400, help="frames of 20 ms before each chunk")
     parser.add_argument("--chunk", type=int, default=32, help="frames of 20 ms")
+    parser.add_argument("--revise", type=int, default=16, help="of these, read again with the next chunk")
     parser.add_argument("--whole", action="store_true", help="the encoder hears everything")
     given = parser.parse_args()
     model = load(given.model)
     found = dict(english(model.tokenizer, given.tokens))
     tokenizer = Pieces([BLANK, UNKNOWN, *found, END], ranked=True)
-    said = config(model.network, tokenizer.size, left=given.left, chunk=given.chunk, whole=given.whole)
+    said = config(model.network, tokenizer.size, left=given.left, chunk=given.chunk, revise=given.revise,
+                  whole=given.whole)  # fmt: skip
     torch.manual_seed(0)
     made = from_config(said, tokenizer)
     encoder = streaming(model.network).state_dict()

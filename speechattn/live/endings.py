@@ -96,7 +96,7 @@ class Limits:
         return len(valid), False
 
     def glimpse(self, frames: int, nothing: list[bool], valid: list[bool], counts: list[int]) -> Glimpse:
-        """Behind `frames` with `counts` (quiet, since, spoke): where `nothing` is said in those ahead that are valid."""
+        """Behind `frames` with `counts` (quiet, since, spoke): `nothing` is said in some of the `valid` ones ahead."""
         (quiet, _, spoke), after = counts, None
         for silent in (n for n, there in zip(nothing, valid, strict=True) if there):
             if not silent and after is None and quiet >= self.pause and spoke:

@@ -27,7 +27,9 @@ from speechattn.text.pieces import spelled
 __all__ = ["Streaming", "listen"]
 
 NOTHING = Hypothesis((), 0.0, (), ())
-THRESHOLD = 8  # frames of 20 ms: 6 and 12 were within a point of each other on 60 clips of the dev part of FOTAQ
+# Frames of 20 ms. On 100 clips of the dev part of FOTAQ 8, 12, 16, 20 and 24 gave 16.5, 15.3, 14.1, 14.0 and 13.5 % of
+# wrong words, and a mean lag of 0.54, 0.56, 0.59, 0.63 and 0.68 s.
+THRESHOLD = 16
 
 
 class Streaming:

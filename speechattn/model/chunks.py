@@ -18,8 +18,9 @@ LONGEST_MS = 10_000  # who waits for longer does not listen live
 def set_chunk(model: Recognizer, chunk_ms: int) -> None:
     """The encoder hears chunks of so many milliseconds from now on, with as much before them as it did.
 
-    Law: it is the model whose configuration has this chunk, and behind it what is read again. A session that runs does not survive it. InputError for
-    what is no whole number of the encoder's frames, for more than `LONGEST_MS`, and for an encoder without chunks.
+    Law: it is the model whose configuration has this chunk, and before it what is read again (`Encoder.revise`). A
+    session that runs does not survive it. InputError for what is no whole number of the encoder's frames, for more than
+    `LONGEST_MS`, and for an encoder without chunks.
     """
     plan = model.listening.plan()
     spans = [part.span for part in model.encoder.modules() if isinstance(part, Spanned) and part.rate == 1]

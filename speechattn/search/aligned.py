@@ -119,7 +119,10 @@ class AlignedGreedy(Search):
 
     @torch.inference_mode()
     def finish(self, beam: Beam) -> Beam:
-        return self._spoken(beam, whole=True) if bool(beam.state.heard.any()) else beam
+        if bool(beam.state.heard.any()):
+            return self._spoken(beam, whole=True)
+        said = beam.said.drop(beam.said.length[:, 0])  # it was about what nobody heard
+        return replace(beam, said=said, score=said.log_probs.sum(2))
 
     def commit(self, beam: Beam, n: Tensor) -> Beam:
         after = super().commit(beam, n)
