@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from torch import nn
 
 from speechattn.attention import Span, set_span
+from speechattn.audio.resample import Samples
 from speechattn.encoder.revising import Revising
 from speechattn.frames import Frames
+from speechattn.live import Event, Pool, Session
 from speechattn.live.endings import Limits, StreamSettings
+from speechattn.model import Recognizer, load_model
+from speechattn.model.chunks import set_chunk
 from speechattn.pretrained.whisper.streaming import StreamingEncoder
+from speechattn.score.wer import word_errors
 from speechattn.stream import Delay, Serial
 from speechattn.testing import check_export, check_stream, oracle, random_frames
+
+RATE = 16000
+FOLDER = Path(__file__).parent / "digits"
+LINES = json.loads((FOLDER / "transcripts.json").read_text(encoding="utf-8"))
 
 
 def layers(span: Span, depth: int = 2) -> Serial:
@@ -136,3 +149,59 @@ def test_speech_after_a_pause_ahead_is_kept_apart() -> None:
     assert glimpse([True, False, True, True], [1, 9, 5]) == (104, 2, True, None)
     assert glimpse(loud, [3, 9, 5], [True, True, False, False]) == (102, 0, True, 100)
     assert glimpse(loud, [3, 9, 0]) == (104, 0, True, None)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Recognizer:
+    made = load_model(dtype="float64")
+    assert isinstance(made, Recognizer)
+    return made
+
+
+def digits(first: int, n: int, gap_s: float) -> Samples:
+    gap = np.zeros(round(gap_s * RATE), np.float32)
+    sounds = [soundfile.read(FOLDER / line["file"], dtype="float32")[0] for line in LINES[first : first + n]]
+    return np.concatenate([part for sound in sounds for part in (sound, gap)])
+
+
+def run(model: Recognizer, sound: Samples, cuts: list[int]) -> list[Event]:
+    session = Session(model)
+    return [event for part in np.split(sound, cuts) for event in session.feed(part, RATE)] + session.finish()
+
+
+def rounded(events: list[Event]) -> list[list[tuple[str, float, float, float]]]:
+    return [[(w.text, w.start, w.end, round(w.confidence, 6)) for w in event.words] for event in events if event.words]
+
+
+def test_a_session_does_not_know_how_the_sound_was_cut_nor_its_neighbours(exact: Recognizer) -> None:
+    set_chunk(exact, 320)
+    assert exact.encoder.revise == 16
+    sounds = [digits(0, 3, 0.7), digits(3, 2, 0.1)]
+    whole = [run(exact, sound, []) for sound in sounds]
+    pool = Pool(exact, 2)
+    slots, heard, left = [pool.open() for _ in sounds], {0: list[Event](), 1: list[Event]()}, [*sounds]
+    for step in range(200):
+        for i, slot in enumerate(slots):
+            if len(left[i]) and (step + i) % 3:
+                pool.feed(slot, left[i][:3001], RATE)
+                left[i] = left[i][3001:]
+                if not len(left[i]):
+                    pool.close(slot)
+        for slot, events in pool.step().items():
+            heard[slots.index(slot)] += events
+    for i, sound in enumerate(sounds):
+        cut = run(exact, sound, [700, 9000, 9001, 30000])
+        for other in (cut, heard[i]):
+            assert rounded(other) == rounded(whole[i])
+
+
+@pytest.mark.parametrize("gap_s", [0.3, 0.7, 1.3])
+def test_nothing_is_said_twice_where_utterances_end(exact: Recognizer, gap_s: float) -> None:
+    set_chunk(exact, 640)
+    events = run(exact, digits(2, 4, gap_s), [])
+    said = "".join(event.committed for event in events)
+    errors = word_errors([" ".join(line["text"] for line in LINES[2:6])], [said])
+    assert errors.insertions == 0, said
+    assert errors.rate < 0.3, said
+    ends = [word.end for event in events for word in event.words]
+    assert ends == sorted(ends)
