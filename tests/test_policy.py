@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from speechattn.policy import Source
 from speechattn.policy.align_att import AlignAtt, median_filter, standardise
+from speechattn.policy.ed_att import EDAtt
+from speechattn.policy.hold import Hold, Told, WaitK
 from speechattn.policy.local_agreement import LocalAgreement
 from speechattn.search import Draft
 
@@ -127,3 +129,67 @@ def test_local_agreement_of_three_needs_three() -> None:
     assert counts == [0, 0, 2]
     with pytest.raises(ValueError, match="at least 1"):
         LocalAgreement(0)
+
+
+@pytest.mark.parametrize(
+    ("power", "alpha", "passed"),
+    [(2, 0.6, 3), (2, 0.2, 1), (2, 0.1, 0), (1, 0.12, 1), (1, 0.34, 3), (1, 0.76, 5), (2, 1.2935, 3), (2, 1.3, 5)],
+)  # fmt: skip
+def test_edatt_on_the_golden_matrix(power: int, alpha: float, passed: int) -> None:
+    policy = EDAtt(((3, 0),), alpha, power=power)
+    assert policy.accept(draft(ROWS), READ, None) == (passed, None)
+    assert policy.accept(draft(ROWS), END, None) == (5, None)
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=7, max_size=7), min_size=1, max_size=6), st.sampled_from([1, 2]))
+def test_edatt_commits_no_more_when_it_is_more_careful(rows: list[list[float]], power: int) -> None:
+    counts = [
+        EDAtt(((3, 0),), alpha, power=power).accept(draft(torch.tensor(rows), prompt=2), READ, None)[0]
+        for alpha in (0.03, 0.1, 0.2, 0.6, 9.0)
+    ]
+    assert counts == sorted(counts)
+    assert counts[-1] == len(rows)
+
+
+def test_edatt_looks_at_the_mean_of_its_heads() -> None:
+    early, late = torch.zeros(1, 6), torch.zeros(1, 6)
+    early[0, 0], late[0, 4] = 1.0, 1.0
+    one, other = draft(early), draft(late)
+    both = Draft(one.tokens, one.log_probs, torch.cat([one.weights, other.weights]), ((0, 0), (0, 1)), 0, True)
+    assert EDAtt(((0, 0),)).accept(both, READ, None)[0] == 1
+    assert EDAtt(((0, 1),)).accept(both, READ, None)[0] == 0
+    assert EDAtt.fbk(0, 2, 0.6).accept(both, READ, None)[0] == 0
+    assert EDAtt.fbk(0, 2, 0.8).accept(both, READ, None)[0] == 1
+    with pytest.raises(ValueError, match="alpha 0"):
+        EDAtt((), 0.0)
+
+
+def test_hold_keeps_the_last_tokens_back() -> None:
+    rows = torch.ones(4, 6)
+    assert [Hold(n).accept(draft(rows), READ, None)[0] for n in range(6)] == [4, 3, 2, 1, 0, 0]
+    assert Hold(3).accept(draft(rows), END, None)[0] == 4
+    with pytest.raises(ValueError, match="-1"):
+        Hold(-1)
+
+
+def pairs(tokens: list[int]) -> list[int]:
+    """Words of two tokens each, and a rest."""
+    return [2] * (len(tokens) // 2) + [1] * (len(tokens) % 2)
+
+
+def test_wait_k_counts_words() -> None:
+    policy = WaitK(2, pairs, 10)
+    counts = [policy.accept(draft(torch.ones(7, 10 * n + 9)), READ, policy.initial())[0] for n in range(7)]
+    assert counts == [0, 0, 0, 2, 4, 6, 7]
+    assert policy.accept(draft(torch.ones(7, 9)), END, policy.initial()) == (7, Told())
+    # three of its tokens were committed, of which the third begins a word
+    n, state = policy.accept(draft(torch.ones(7, 49)), READ, policy.initial())
+    assert n == 4
+    n, state = policy.accept(draft(torch.ones(5, 49), [3, 4, 5, 6, 7], first=3), READ, state)
+    assert (n, state.committed) == (1, (0, 1, 2))
+    n, state = policy.accept(draft(torch.ones(3, 69), [4, 5, 6], first=4), READ, state)
+    assert (n, state.committed) == (3, (0, 1, 2, 3))
+    # a state of its own begins where the session is
+    assert policy.accept(draft(torch.ones(5, 39), first=90), READ, policy.initial())[0] == 2
+    with pytest.raises(ValueError, match="k -1"):
+        WaitK(-1, pairs)
