@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from speechattn.attention import BACKENDS
 from speechattn.audio.vad import AlwaysSpeech, SileroVAD, VoiceActivity
+from speechattn.cli.policies import SETTINGS, add_policy_options, build_policy, build_streaming_policy
 from speechattn.errors import InputError
 from speechattn.live.endings import StreamSettings
 from speechattn.live.listener import WindowModel
@@ -24,12 +24,8 @@ from speechattn.model import Recognizer, load_model
 from speechattn.model.chunks import set_chunk
 from speechattn.model.load import DEFAULT
 from speechattn.model.searches import SEARCHES
-from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
-from speechattn.policy.local_agreement import LocalAgreement
 from speechattn.pretrained.whisper import WhisperModel
-from speechattn.pretrained.whisper.load import FRAME_THRESHOLD
-from speechattn.search import Search
 
 __all__ = [
     "add_backend_option", "add_model_options", "add_running_options", "add_session_options", "build_live_model",
@@ -37,9 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 NEVER_S = 1e9
-POLICIES = ("alignatt", "alignatt-fbk", "local-agreement")
-STREAMING_POLICY = ("policy", "frame_threshold")  # where a search tells where its attention looks
-WINDOWS = ("policy", "frame_threshold", "attn_layer", "min_chunk_size", "audio_max_len", "no_vad")
+WINDOWS = ("min_chunk_size", "audio_max_len", "no_vad")
 STREAMS = ("chunk_ms", "search", "beam_size", "hotwords_file", "hotwords_score", "silence")
 
 
@@ -76,13 +70,8 @@ def add_backend_option(parser: argparse.ArgumentParser) -> None:
 
 def add_session_options(parser: argparse.ArgumentParser) -> None:
     """When words are committed, and which."""
-    group = parser.add_argument_group("policy (models that read windows of sound; the first two: search aligned, too)")
-    group.add_argument("--policy", choices=POLICIES, help="default alignatt")
-    group.add_argument(
-        "--frame-threshold", type=int, metavar="N",
-        help=f"alignatt: commit a word N frames (of 20 ms) behind the newest sound (default {FRAME_THRESHOLD})",
-    )  # fmt: skip
-    group.add_argument("--attn-layer", type=int, metavar="N", help="alignatt-fbk: the decoder layer to look at")
+    group = parser.add_argument_group("policy (models that read windows of sound, and the search aligned)")
+    add_policy_options(group)
     group.add_argument(
         "--min-chunk-size", type=float, metavar="S", help="look at the sound every S seconds (default 1)"
     )
@@ -132,8 +121,7 @@ def build_session(
         set_chunk(model, options.chunk_ms)
     reader = model.windowed() if isinstance(model, Recognizer) and model.listening.plan().block is None else model
     if isinstance(reader, Recognizer):
-        windows = [name for name in WINDOWS if name not in STREAMING_POLICY]
-        refuse(options, windows, "streams: it is for models that read windows, as --model tiny.en")
+        refuse(options, WINDOWS, "streams: it is for models that read windows, as --model tiny.en")
         if offline:
             raise InputError("--offline changes nothing for a model that streams: it hears live what it hears offline")
         return build_stream(options, reader)
@@ -162,24 +150,7 @@ def build_stream(options: argparse.Namespace, model: Recognizer) -> Session:
     if search.size == 1 and options.beam_size not in (None, 1):
         raise InputError(f"--beam-size {options.beam_size}: the search of this model has one hypothesis; see --search")
     settings = StreamSettings() if options.silence is None else StreamSettings(silence_s=options.silence)
-    return Session(model, settings=settings, search=search, policy=build_streaming_policy(options, search))
-
-
-def build_streaming_policy(options: argparse.Namespace, search: Search) -> Policy | None:
-    """The policy that the options name; None: the one that the search is used to. InputError for one that it cannot."""
-    name, threshold = options.policy, options.frame_threshold
-    if not search.heads:
-        refuse(options, STREAMING_POLICY, "streams; of its searches, aligned takes one")
-        return None
-    if name == "alignatt-fbk":
-        raise InputError(f"--policy {name} is for models that read windows; {options.model} streams: alignatt")
-    if name == "local-agreement":
-        if threshold is not None:
-            raise InputError("--frame-threshold belongs to alignatt; local-agreement has no such setting")
-        return LocalAgreement()
-    if threshold is not None and threshold < 0:
-        raise InputError(f"--frame-threshold {threshold}: 0 or more frames")
-    return None if threshold is None else AlignAtt.whisper(search.heads, threshold)
+    return Session(model, settings=settings, search=search, policy=build_streaming_policy(options, model, search))
 
 
 def read_phrases(path: Path) -> list[str]:
@@ -196,7 +167,7 @@ def build_window(options: argparse.Namespace, model: WindowModel, *, offline: bo
     named = {"min_chunk_s": options.min_chunk_size, "max_window_s": options.audio_max_len}
     given = {name: value for name, value in named.items() if value is not None}
     if offline:
-        for name in ("policy", "frame_threshold", "attn_layer", "min_chunk_size"):
+        for name in ("policy", *SETTINGS, "min_chunk_size"):
             if getattr(options, name) not in (None, "alignatt"):
                 raise InputError(
                     f"--{name.replace('_', '-')} does nothing with --offline, which commits at utterance ends"
@@ -205,31 +176,6 @@ def build_window(options: argparse.Namespace, model: WindowModel, *, offline: bo
         given.setdefault("max_window_s", model.max_s - 2)
     vad: VoiceActivity = AlwaysSpeech() if options.no_vad else SileroVAD()
     return Session(model, policy=build_policy(options, model), settings=Settings(**given), vad=vad)
-
-
-def build_policy(options: argparse.Namespace, model: WindowModel) -> Policy:
-    """The policy that the options name; InputError for a setting that it does not have."""
-    threshold, layer, name = options.frame_threshold, options.attn_layer, options.policy or "alignatt"
-    if threshold is not None and threshold < 0:
-        raise InputError(f"--frame-threshold {threshold}: 0 or more frames")
-    if threshold is not None and name == "local-agreement":
-        raise InputError("--frame-threshold belongs to alignatt; local-agreement has no such setting")
-    if layer is not None and name != "alignatt-fbk":
-        raise InputError(f"--attn-layer belongs to alignatt-fbk; {name} has no such setting")
-    if name == "local-agreement":
-        return LocalAgreement()
-    if name == "alignatt":
-        usual = model.policy()
-        return (
-            replace(usual, frame_threshold=threshold)
-            if threshold is not None and isinstance(usual, AlignAtt)
-            else usual
-        )
-    layers, heads = model.decoder_size
-    layer = layers // 2 if layer is None else layer
-    if not 0 <= layer < layers:
-        raise InputError(f"--attn-layer {layer}: this model has decoder layers 0 to {layers - 1}")
-    return AlignAtt.fbk(layer, heads, *([] if threshold is None else [threshold]))
 
 
 def resolved(options: argparse.Namespace, session: Session) -> str:

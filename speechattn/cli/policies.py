@@ -1,0 +1,148 @@
+"""`--policy NAME` and what belongs to it: one table for models that read windows and for those that stream."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from speechattn.decoder.attention import Head
+from speechattn.errors import InputError
+from speechattn.live.listener import WindowModel
+from speechattn.live.streaming import suited
+from speechattn.model import Recognizer
+from speechattn.policy import Policy
+from speechattn.policy.align_att import AlignAtt
+from speechattn.policy.ed_att import EDAtt
+from speechattn.policy.hold import Hold, WaitK
+from speechattn.policy.local_agreement import LocalAgreement
+from speechattn.pretrained.whisper.load import FRAME_THRESHOLD
+from speechattn.search import Search
+
+__all__ = ["POLICIES", "SETTINGS", "add_policy_options", "build_policy", "build_streaming_policy"]
+
+SETTINGS = ("frame_threshold", "attn_threshold", "attn_layer", "agreement", "hold_n", "wait_k")
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What a model offers to a policy.
+
+    `usual` is the policy that it has by default, `heads` those that align sound and text, `layer` all of a layer of the
+    decoder, `words` the sizes of words.
+    """
+
+    usual: Policy | None
+    heads: tuple[Head, ...]
+    layer: Callable[[int | None], tuple[Head, ...]]
+    words: Callable[[Sequence[int]], list[int]]
+
+
+def align_att(options: argparse.Namespace, looks: Looks) -> Policy | None:
+    """The model's own, or with another threshold."""
+    threshold, usual = options.frame_threshold, looks.usual
+    if threshold is None or not isinstance(usual, AlignAtt):
+        return usual
+    return replace(usual, frame_threshold=threshold)
+
+
+def align_att_fbk(options: argparse.Namespace, looks: Looks) -> Policy:
+    """All heads of one layer."""
+    threshold = {} if options.frame_threshold is None else {"frame_threshold": options.frame_threshold}
+    layer, heads = options.attn_layer, looks.layer(options.attn_layer)
+    return replace(AlignAtt.fbk(layer or 0, len(heads), **threshold), heads=heads)
+
+
+def ed_att(options: argparse.Namespace, looks: Looks) -> Policy:
+    """The heads that align, or all of a layer that is asked for."""
+    heads = looks.heads if options.attn_layer is None else looks.layer(options.attn_layer)
+    return EDAtt(heads) if options.attn_threshold is None else EDAtt(heads, options.attn_threshold)
+
+
+class Choice(NamedTuple):
+    """A policy by name: the settings that it has, and how it is made."""
+
+    settings: tuple[str, ...]
+    make: Callable[[argparse.Namespace, Looks], Policy | None]
+
+
+def counted(kind: Callable[..., Policy], name: str) -> Callable[[argparse.Namespace, Looks], Policy]:
+    """Of a kind that has one number."""
+    return lambda options, looks: kind() if getattr(options, name) is None else kind(getattr(options, name))
+
+
+POLICIES = {
+    "alignatt": Choice(("frame_threshold",), align_att),
+    "alignatt-fbk": Choice(("frame_threshold", "attn_layer"), align_att_fbk),
+    "edatt": Choice(("attn_threshold", "attn_layer"), ed_att),
+    "local-agreement": Choice(("agreement",), counted(LocalAgreement, "agreement")),
+    "hold-n": Choice(("hold_n",), counted(Hold, "hold_n")),
+    "wait-k": Choice(("wait_k",), lambda options, looks: WaitK(3 if options.wait_k is None else options.wait_k,
+                                                               looks.words)),
+}  # fmt: skip
+
+
+def add_policy_options(group: Any) -> None:
+    """Which policy, and what it may be told."""
+    group.add_argument("--policy", choices=tuple(POLICIES), help="default alignatt")
+    group.add_argument(
+        "--frame-threshold", type=int, metavar="N",
+        help=f"alignatt: commit a word N frames (of 20 ms) behind the newest sound (default {FRAME_THRESHOLD})",
+    )  # fmt: skip
+    group.add_argument(
+        "--attn-threshold", type=float, metavar="X",
+        help="edatt: commit a word with less than X of its attention on the newest two frames (default 0.1)",
+    )  # fmt: skip
+    group.add_argument("--attn-layer", type=int, metavar="N", help="alignatt-fbk, edatt: the decoder layer to look at")
+    group.add_argument("--agreement", type=int, metavar="N", help="local-agreement: drafts that must agree (default 2)")
+    group.add_argument("--hold-n", type=int, metavar="N", help="hold-n: tokens that are held back (default 6)")
+    group.add_argument("--wait-k", type=int, metavar="K", help="wait-k: words that are waited for (default 3)")
+
+
+def chosen(options: argparse.Namespace, looks: Looks) -> Policy | None:
+    """The policy that the options name; InputError for a setting that it does not have."""
+    name = options.policy or "alignatt"
+    choice = POLICIES[name]
+    for setting in SETTINGS:
+        if getattr(options, setting) is not None and setting not in choice.settings:
+            owners = ", ".join(other for other, its in POLICIES.items() if setting in its.settings)
+            raise InputError(f"--{setting.replace('_', '-')} belongs to {owners}; {name} has no such setting")
+    if options.frame_threshold is not None and options.frame_threshold < 0:
+        raise InputError(f"--frame-threshold {options.frame_threshold}: 0 or more frames")
+    try:
+        return choice.make(options, looks)
+    except ValueError as error:
+        raise InputError(f"--policy {name}: {error}") from error
+
+
+def build_policy(options: argparse.Namespace, model: WindowModel) -> Policy:
+    """Of a model that reads windows."""
+    layers, heads = model.decoder_size
+
+    def layer(n: int | None) -> tuple[Head, ...]:
+        n = layers // 2 if n is None else n
+        if not 0 <= n < layers:
+            raise InputError(f"--attn-layer {n}: this model has decoder layers 0 to {layers - 1}")
+        return tuple((n, head) for head in range(heads))
+
+    looks = Looks(model.policy(), model.alignment_heads, layer, model.tokenizer.words)
+    return chosen(options, looks) or model.policy()
+
+
+def build_streaming_policy(options: argparse.Namespace, model: Recognizer, search: Search) -> Policy | None:
+    """Of a model that streams; None: the one that the search is used to. InputError for one that it cannot."""
+    if not search.heads:
+        for name in ("policy", *SETTINGS):
+            if getattr(options, name) is not None:
+                said = f"--{name.replace('_', '-')} does nothing with {options.model}, which streams"
+                raise InputError(f"{said}; of its searches, aligned takes one")
+        return None
+    if options.attn_layer is not None:
+        raise InputError(f"--attn-layer does nothing with {options.model}, which streams: it gives its alignment heads")
+    if options.policy == "alignatt-fbk":
+        raise InputError(
+            f"--policy {options.policy} is for models that read windows; {options.model} streams: alignatt"
+        )
+    looks = Looks(suited(None, search), search.heads, lambda _: search.heads, model.tokenizer.words)
+    return chosen(options, looks)
