@@ -141,8 +141,6 @@ def build_streaming_policy(options: argparse.Namespace, model: Recognizer, searc
     if options.attn_layer is not None:
         raise InputError(f"--attn-layer does nothing with {options.model}, which streams: it gives its alignment heads")
     if options.policy == "alignatt-fbk":
-        raise InputError(
-            f"--policy {options.policy} is for models that read windows; {options.model} streams: alignatt"
-        )
+        raise InputError(f"--policy alignatt-fbk is for models that read windows; {options.model} streams: alignatt")
     looks = Looks(suited(None, search), search.heads, lambda _: search.heads, model.tokenizer.words)
     return chosen(options, looks)
