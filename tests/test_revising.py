@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from torch import nn
 from speechattn.attention import Span, set_span
 from speechattn.audio.resample import Samples
 from speechattn.encoder.revising import Revising
+from speechattn.errors import ModelError
 from speechattn.frames import Frames
 from speechattn.live import Event, Pool, Session
 from speechattn.live.endings import Limits, StreamSettings
-from speechattn.model import Recognizer, load_model
+from speechattn.model import Recognizer, from_config, load_model
 from speechattn.model.chunks import set_chunk
-from speechattn.pretrained.whisper.streaming import StreamingEncoder
+from speechattn.pretrained.whisper.streaming import Flow, StreamingEncoder
 from speechattn.score.wer import word_errors
+from speechattn.search import Beam
+from speechattn.search.aligned import AlignedGreedy
 from speechattn.stream import Delay, Serial
 from speechattn.testing import check_export, check_stream, oracle, random_frames
 
@@ -133,22 +138,26 @@ def test_an_encoder_is_trained_without_and_listens_with_it() -> None:
     assert torch.allclose(encoder.listening(Delay(0))(x).values, encoder(x).values)
 
 
-def test_speech_after_a_pause_ahead_is_kept_apart() -> None:
-    limits = Limits.of(StreamSettings(pause_s=0.06), 0.02)
-    quiet, loud, there = [True] * 4, [False] * 4, [True] * 4
+def test_a_glimpse_sees_where_the_utterance_will_end() -> None:
+    limits = Limits.of(StreamSettings(pause_s=0.06, silence_s=0.12, longest_s=2.0), 0.02)  # 3, 6, 100 frames
+    quiet, there = [True] * 4, [True] * 4
 
     def glimpse(nothing: list[bool], counts: list[int], valid: list[bool] = there) -> tuple[Any, ...]:
         found = limits.glimpse(100, nothing, valid, counts)
-        return found.frames, found.quiet, found.spoke, found.next
+        return found.frames, found.quiet, found.spoke, found.end
 
-    assert glimpse(quiet, [2, 9, 5]) == (104, 6, True, None)
-    assert glimpse(quiet, [2, 9, 0]) == (104, 6, False, None)
-    assert glimpse(loud, [0, 9, 0]) == (104, 0, True, None)
-    assert glimpse(loud, [3, 9, 5]) == (104, 0, True, 100)
-    assert glimpse([True, False, True, True], [2, 9, 5]) == (104, 2, True, 101)
-    assert glimpse([True, False, True, True], [1, 9, 5]) == (104, 2, True, None)
-    assert glimpse(loud, [3, 9, 5], [True, True, False, False]) == (102, 0, True, 100)
-    assert glimpse(loud, [3, 9, 0]) == (104, 0, True, None)
+    assert glimpse(quiet, [1, 9, 5]) == (104, 5, True, None)
+    assert glimpse(quiet, [2, 9, 5]) == (104, 6, True, 104)
+    assert glimpse(quiet, [4, 9, 5]) == (104, 8, True, 102)
+    assert glimpse([True, True, False, False], [4, 9, 5]) == (104, 0, True, 102)
+    assert glimpse([False] * 4, [5, 9, 0]) == (104, 0, True, None)
+    assert glimpse(quiet, [1, 9, 0]) == (104, 5, False, None)
+    assert glimpse(quiet, [4, 9, 5], [True, False, False, False]) == (101, 5, True, None)
+    assert glimpse([True, False, False, False], [2, 120, 5]) == (104, 0, True, 101), "it is long: a pause is enough"
+    assert glimpse([False, True, True, False], [0, 220, 5]) == (104, 0, True, 102), "it is longer still"
+    counts = [4, 9, 5]
+    limits.glimpse(100, quiet, there, counts)
+    assert counts == [4, 9, 5]
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +214,79 @@ def test_nothing_is_said_twice_where_utterances_end(exact: Recognizer, gap_s: fl
     assert errors.rate < 0.3, said
     ends = [word.end for event in events for word in event.words]
     assert ends == sorted(ends)
+
+
+def test_a_search_has_a_glimpse_of_what_the_encoder_says_ahead(
+    exact: Recognizer, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """None where the utterance ends; once for each step and search; and words that end with it stay before its end."""
+    set_chunk(exact, 320)
+    said, looks, ends = list[Frames](), list[Frames](), list[int]()
+    ahead, peek, finish = Flow.ahead, AlignedGreedy.peek, AlignedGreedy.finish
+
+    def spoken(flow: Flow, state: Any) -> Frames | None:
+        found = ahead(flow, state)
+        assert found is not None
+        said.append(found)
+        return found
+
+    def peeked(search: AlignedGreedy, x: Frames, glimpse: Frames, beam: Beam) -> Beam:
+        looks.append(glimpse)
+        return peek(search, x, glimpse, beam)
+
+    def finished(search: AlignedGreedy, beam: Beam) -> Beam:
+        ends.append(int(beam.frames[0]))
+        looks.append(Frames(torch.empty(0), torch.empty(0)))
+        return finish(search, beam)
+
+    monkeypatch.setattr(Flow, "ahead", spoken)
+    monkeypatch.setattr(AlignedGreedy, "peek", peeked)
+    monkeypatch.setattr(AlignedGreedy, "finish", finished)
+    events = run(exact, digits(2, 3, 0.9), [])
+    assert sum(bool(look.mask.any()) for look in looks if look.mask.numel()) == sum(bool(x.mask.any()) for x in said)
+    for look, after in itertools.pairwise(looks):
+        assert not look.mask.numel() or bool(after.mask.numel()) or not look.mask.any(), "an end that had a glimpse"
+    bounds = iter([*ends[:-1], 10**9])
+    bound = next(bounds)
+    for event in events:
+        assert all(word.start < bound * 0.02 for word in event.words)
+        bound = next(bounds, bound) if event.final else bound
+    assert len(ends) >= 3
+
+
+def test_who_does_not_peek_is_not_judged_by_what_is_ahead(exact: Recognizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunk(exact, 640)
+    sound, made = digits(2, 2, 0.9), exact.search("aligned")
+    made.peeks = False
+    told = Session(exact, search=made)
+    events = told.feed(sound, RATE) + told.finish()
+    monkeypatch.setattr(Flow, "ahead", lambda flow, state: None)
+    untold = Session(exact, search=exact.search("aligned"))
+    assert rounded(events) == rounded(untold.feed(sound, RATE) + untold.finish())
+
+
+def test_a_chunk_is_what_is_new(exact: Recognizer) -> None:
+    for ms in (160, 320, 640):
+        set_chunk(exact, ms)
+        assert exact.listening.plan().block == 16 * ms
+        assert exact.encoder.layers.members[0].attention.first.span == Span(400, ms // 20 + 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"revise": -1}, "revise -1: wanted a number of frames"),
+        ({"revise": "16"}, "revise 16: wanted a number of frames"),
+        ({"revise": 1.5}, "revise 1.5: wanted a number of frames"),
+        ({"revise": 48}, "nothing is new"),
+        ({"left": 8}, "8 frames before a chunk are fewer than the 16"),
+        ({"right": 16}, "looks ahead"),
+    ],
+)
+def test_a_folder_that_cannot_revise_is_refused(exact: Recognizer, change: dict[str, Any], said: str) -> None:
+    config = deepcopy(exact.config)
+    assert config is not None
+    arguments = config["encoder"]["init_args"]
+    (arguments if "revise" in change else arguments["span"]["init_args"]).update(change)
+    with pytest.raises(ModelError, match=said):
+        from_config(config, exact.tokenizer)

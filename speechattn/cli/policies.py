@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from speechattn.decoder.attention import Head
 from speechattn.errors import InputError
 from speechattn.live.listener import WindowModel
-from speechattn.live.streaming import suited
+from speechattn.live.streaming import THRESHOLD, suited
 from speechattn.model import Recognizer
 from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
@@ -88,7 +88,8 @@ def add_policy_options(group: Any) -> None:
     group.add_argument("--policy", choices=tuple(POLICIES), help="default alignatt")
     group.add_argument(
         "--frame-threshold", type=int, metavar="N",
-        help=f"alignatt: commit a word N frames (of 20 ms) behind the newest sound (default {FRAME_THRESHOLD})",
+        help=f"alignatt: commit a word N frames (of 20 ms) behind the newest sound (default {FRAME_THRESHOLD}; "
+        f"{THRESHOLD} where a model streams)",
     )  # fmt: skip
     group.add_argument(
         "--attn-threshold", type=float, metavar="X",

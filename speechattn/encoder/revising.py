@@ -91,6 +91,8 @@ def taken_back(state: Any, n: int, *, keep: bool) -> Any:
         past = state.past.buffer() if isinstance(state.past, Ring) else state.past
         before = Buffer.empty(past.values, n * keep)
         last = past.mask.shape[1] - n
+        if last < 0:
+            raise ValueError(f"{last + n} frames before a chunk are fewer than the {n} that are read again")
         values = torch.cat([before.values, past.values[:, :last]], 1)
         return replace(state, past=Buffer(values, torch.cat([before.mask, past.mask[:, :last]], 1)))
     if isinstance(state, Buffer) and not state.mask.shape[1]:

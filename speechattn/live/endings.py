@@ -50,12 +50,12 @@ class StreamSettings:
 @dataclass(frozen=True)
 class Glimpse:
     """Where a stream stands with what it sees ahead: `frames` of it, `quiet` since something was said, and whether it
-    `spoke` since the search began. At frame `next` it speaks again after a pause that is still ahead, or None."""
+    `spoke` since the search began. As far as one sees, the utterance will end before frame `end`, or not (None)."""
 
     frames: int
     quiet: int
     spoke: bool
-    next: int | None
+    end: int | None
 
 
 @dataclass
@@ -97,9 +97,8 @@ class Limits:
 
     def glimpse(self, frames: int, nothing: list[bool], valid: list[bool], counts: list[int]) -> Glimpse:
         """Behind `frames` with `counts` (quiet, since, spoke): `nothing` is said in some of the `valid` ones ahead."""
-        (quiet, _, spoke), after = counts, None
+        stop, over = self.until_end(nothing, valid, 0, list(counts))
+        quiet, spoke = counts[0], counts[2]
         for silent in (n for n, there in zip(nothing, valid, strict=True) if there):
-            if not silent and after is None and quiet >= self.pause and spoke:
-                after = frames
-            quiet, spoke, frames = (quiet + 1 if silent else 0), spoke + (not silent), frames + 1
-        return Glimpse(frames, quiet, spoke > 0, after)
+            quiet, spoke = (quiet + 1 if silent else 0), spoke + (not silent)
+        return Glimpse(frames + sum(valid), quiet, spoke > 0, frames + sum(valid[:stop]) if over else None)

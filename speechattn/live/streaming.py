@@ -153,8 +153,8 @@ class Streaming:
             agreed, self.state = self.policy.accept(replace(draft, first=self.first), source, self.state)
         old = (i for i, (_, end) in enumerate(best.spans) if end > frames - self.limits.patience)
         agreed = max(agreed, next(old, len(best.tokens)))
-        if glimpse.next is not None:  # that may belong to another utterance
-            agreed = min(agreed, next((i for i, (a, _) in enumerate(best.spans) if a >= glimpse.next), agreed))
+        if glimpse.end is not None:  # what comes then belongs to another utterance
+            agreed = min(agreed, next((i for i, (a, _) in enumerate(best.spans) if a >= glimpse.end), agreed))
         if paused and agreed == len(best.tokens):
             return agreed
         ahead = self.policy is not None and bool(self.policy.heads)  # the next token, where it looks, ends a word
@@ -235,18 +235,18 @@ def search_on(
     search, beam = listeners[0].search, row.beam
     counts = torch.stack([row.quiet, row.since, row.spoke], 1).tolist()
     nothing, valid = listeners[0].model.blank(frames).tolist(), frames.mask.tolist()
-    ahead = frames[:0] if ahead is None else ahead
+    ahead = frames[:0] if ahead is None or not search.peeks else ahead
     silent, there = listeners[0].model.blank(ahead).tolist(), ahead.mask.tolist()
     at, stop = [0] * len(listeners), [0] * len(listeners)
-    over = [True]
+    over = fresh = [True] * len(listeners)
     while any(over):
         over = []
         for i, one in enumerate(listeners):
             stop[i], end = one.limits.until_end(nothing[i], valid[i], at[i], counts[i])
             over.append(end)
-        none = torch.tensor(over, device=ahead.mask.device)[:, None]
-        beam = search.peek(between(frames, at, stop), Frames.of(ahead.values, ahead.mask & ~none), beam)
-        at = list(stop)
+        sees = torch.tensor([new and not end for new, end in zip(fresh, over, strict=True)], device=ahead.mask.device)
+        beam = search.peek(between(frames, at, stop), Frames.of(ahead.values, ahead.mask & sees[:, None]), beam)
+        at, fresh = list(stop), over
         if any(over):
             beam = restarted(listeners, frames, beam, over, counts, decisions)
     best, room = answers(search, beam), search.room(beam).tolist()
@@ -260,7 +260,7 @@ def search_on(
     n = []
     for i, one in enumerate(listeners):
         best[i] = best[i] if glimpses[i].spoke else NOTHING
-        n.append(one.safe(best[i], agreed[i], glimpses[i], drafts[i]) if glimpses[i].spoke else 0)
+        n.append(one.safe(best[i], agreed[i], glimpses[i], drafts[i]) if counts[i][2] else 0)
         decision = one.decide(best[i], n[i])
         decisions[i] += [] if decision is None else [decision]
         counts[i][1] = max(counts[i][1], one.limits.weary(room[i]))

@@ -68,10 +68,13 @@ def from_config(
         raise ModelError(f"{where}: sample_rate {rate}: wanted {LOWEST_RATE} to {HIGHEST_RATE} Hz")
     if not isinstance(language, str | None) or not isinstance(spaceless, bool):
         raise ModelError(f"{where}: language {language}, spaceless {spaceless}: wanted a code, and true or false")
-    model = Recognizer(
-        parts["front_end"], parts["encoder"], {str(name): head for name, head in heads.items()}, tokenizer,
-        sample_rate=rate, language=language, spaceless=spaceless, config=config,
-    )  # fmt: skip
+    try:
+        model = Recognizer(
+            parts["front_end"], parts["encoder"], {str(name): head for name, head in heads.items()}, tokenizer,
+            sample_rate=rate, language=language, spaceless=spaceless, config=config,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ModelError(f"{where}: front_end and encoder do not fit together: {error}") from error
     try_out(model, where)
     return model
 

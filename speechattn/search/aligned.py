@@ -53,7 +53,7 @@ class AlignedGreedy(Search):
 
     The tokens of the draft before are read in one pass, and kept as far as they would be said again. Law: such a guess
     changes the time that a search takes, never its result. Committed tokens keep what they made of the frames that
-    were there; the last one is read again. Frames of which there was only a glimpse (`peek`) are forgotten then.
+    were there; the last one is read again. Frames of which there is only a glimpse (`peek`) stay for one draft.
 
     Tokens in `never` are not said; those in `never_next` (they do not begin a word) not directly behind what was
     committed. When `memory` frames were read or the decoder's context is full, nothing more is heard or said: `room`
@@ -70,7 +70,7 @@ class AlignedGreedy(Search):
         if min(edge, rewind, memory - 1, history) < 0:
             raise ValueError(f"edge {edge}, rewind {rewind}, memory {memory}, history {history}: too few")
         self.decoder, self.sos, self.eos = decoder, sos, eos
-        self.heads = decoder.alignment_heads
+        self.heads, self.peeks = decoder.alignment_heads, True
         self.edge, self.rewind, self.most, self.spare, self.history = edge, rewind, most, spare, history
         table = decoder.memory_positions
         self.memory = memory if table is None else min(memory, len(table))

@@ -140,6 +140,7 @@ class Search:
 
     size: int = 1  # hypotheses kept
     phrases: Phrases | None = None  # that are preferred
+    peeks: bool = False  # `peek` looks at what is ahead
     prompt: bool = True  # its hypotheses say what was heard so far; else they may lag behind
     heads: tuple[Head, ...] = ()  # whose attention `looks` gives
 
@@ -160,8 +161,9 @@ class Search:
         raise NotImplementedError
 
     def peek(self, x: Frames, ahead: Frames, beam: Beam) -> Beam:
-        """As `step`, with a glimpse of frames [B, T', D] `ahead` that are not read yet: the next step reads them anew,
-        and they may be others then. Only what is said now may depend on them.
+        """As `step`, with a glimpse of frames [B, T', D] `ahead` that are not read yet: they may come otherwise.
+
+        What is said now may depend on them, and so may what is committed of it; nothing else. Only where it `peeks`.
         """
         return self.step(x, beam)
 

@@ -127,6 +127,8 @@ class StreamingEncoder(Encoder):
             for _ in range(depth)
         ]
         super().__init__(stem, blocks, Pointwise(nn.LayerNorm(dim)), dim=dim)
+        if not isinstance(revise, int) or revise < 0:
+            raise ValueError(f"revise {revise}: wanted a number of frames, 0 or more")
         self.revise = revise
 
     def listening(self, front_end: Stream) -> Flow:
