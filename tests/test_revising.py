@@ -146,15 +146,15 @@ def test_a_glimpse_sees_where_the_utterance_will_end() -> None:
         found = limits.glimpse(100, nothing, valid, counts)
         return found.frames, found.quiet, found.spoke, found.end
 
-    assert glimpse(quiet, [1, 9, 5]) == (104, 5, True, None)
-    assert glimpse(quiet, [2, 9, 5]) == (104, 6, True, 104)
-    assert glimpse(quiet, [4, 9, 5]) == (104, 8, True, 102)
-    assert glimpse([True, True, False, False], [4, 9, 5]) == (104, 0, True, 102)
-    assert glimpse([False] * 4, [5, 9, 0]) == (104, 0, True, None)
-    assert glimpse(quiet, [1, 9, 0]) == (104, 5, False, None)
-    assert glimpse(quiet, [4, 9, 5], [True, False, False, False]) == (101, 5, True, None)
-    assert glimpse([True, False, False, False], [2, 120, 5]) == (104, 0, True, 101), "it is long: a pause is enough"
-    assert glimpse([False, True, True, False], [0, 220, 5]) == (104, 0, True, 102), "it is longer still"
+    assert glimpse(quiet, [1, 9, 5]) == (104, 5, 5, None)
+    assert glimpse(quiet, [2, 9, 5]) == (104, 6, 5, 104)
+    assert glimpse(quiet, [4, 9, 5]) == (104, 8, 5, 102)
+    assert glimpse([True, True, False, False], [4, 9, 5]) == (104, 0, 7, 102)
+    assert glimpse([False] * 4, [5, 9, 0]) == (104, 0, 4, None)
+    assert glimpse(quiet, [1, 9, 0]) == (104, 5, 0, None)
+    assert glimpse(quiet, [4, 9, 5], [True, False, False, False]) == (101, 5, 5, None)
+    assert glimpse([True, False, False, False], [2, 120, 5]) == (104, 0, 8, 101), "it is long: a pause is enough"
+    assert glimpse([False, True, True, False], [0, 220, 5]) == (104, 0, 7, 102), "it is longer still"
     counts = [4, 9, 5]
     limits.glimpse(100, quiet, there, counts)
     assert counts == [4, 9, 5]
@@ -290,3 +290,22 @@ def test_a_folder_that_cannot_revise_is_refused(exact: Recognizer, change: dict[
     (arguments if "revise" in change else arguments["span"]["init_args"]).update(change)
     with pytest.raises(ModelError, match=said):
         from_config(config, exact.tokenizer)
+
+
+def test_nothing_is_said_where_hardly_anything_was_heard(exact: Recognizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of letters hears something in two frames of every second of silence, or in three."""
+    set_chunk(exact, 640)
+
+    def said(heard: int) -> str:
+        at = iter(range(10**9))
+
+        def blank(model: Recognizer, frames: Frames) -> torch.Tensor:
+            if frames.mask.shape[1] == 16:  # ahead
+                return torch.ones_like(frames.mask)
+            return torch.tensor([[next(at) % 50 >= heard for _ in range(frames.mask.shape[1])]])
+
+        monkeypatch.setattr(Recognizer, "blank", blank)
+        return "".join(event.committed for event in run(exact, digits(2, 1, 3.0), []))
+
+    assert said(2) == ""
+    assert said(3) != ""

@@ -49,12 +49,12 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class Glimpse:
-    """Where a stream stands with what it sees ahead: `frames` of it, `quiet` since something was said, and whether it
+    """Where a stream stands with what it sees ahead: `frames` of it, `quiet` since something was said, and how many
     `spoke` since the search began. As far as one sees, the utterance will end before frame `end`, or not (None)."""
 
     frames: int
     quiet: int
-    spoke: bool
+    spoke: int
     end: int | None
 
 
@@ -101,4 +101,4 @@ class Limits:
         quiet, spoke = counts[0], counts[2]
         for silent in (n for n, there in zip(nothing, valid, strict=True) if there):
             quiet, spoke = (quiet + 1 if silent else 0), spoke + (not silent)
-        return Glimpse(frames + sum(valid), quiet, spoke > 0, frames + sum(valid[:stop]) if over else None)
+        return Glimpse(frames + sum(valid), quiet, spoke, frames + sum(valid[:stop]) if over else None)

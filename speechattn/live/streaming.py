@@ -30,6 +30,9 @@ NOTHING = Hypothesis((), 0.0, (), ())
 # Frames of 20 ms. On 100 clips of the dev part of FOTAQ 8, 12, 16, 20 and 24 gave 16.5, 15.3, 14.1, 14.0 and 13.5 % of
 # wrong words, and a mean lag of 0.54, 0.56, 0.59, 0.63 and 0.68 s.
 THRESHOLD = 16
+# Attention says something of any sound ("you" of silence), so some frames must have been heard before it may: in six
+# minutes of silence and music utterances had 1 or 2 such frames, in 60 clips of speech 2 (one), 3 (one), 5 or more.
+HEARD = 3
 
 
 class Streaming:
@@ -41,7 +44,7 @@ class Streaming:
     ) -> None:  # fmt: skip
         self.search = search or model.search()
         self.model, self.policy = model, suited(policy, self.search)
-        self.settings = settings or StreamSettings()
+        self.settings, self.least = settings or StreamSettings(), HEARD if self.search.heads else 1
         self.frame_s = model.frame_s  # which takes a while to work out
         self.limits = Limits.of(self.settings, self.frame_s)
         self.state = None if self.policy is None else self.policy.initial()
@@ -129,7 +132,7 @@ class Streaming:
         if self.place is None:
             return None
         row, self.place = self.place.row, None
-        spoke = int(row.spoke[0]) > 0
+        spoke = int(row.spoke[0]) >= self.least
         best = answers(self.search, self.search.finish(row.beam))[0] if spoke else NOTHING
         return self.closing(best, spoke)
 
@@ -259,8 +262,8 @@ def search_on(
     drafts = search.looks(beam) if asked else [None] * len(listeners)
     n = []
     for i, one in enumerate(listeners):
-        best[i] = best[i] if glimpses[i].spoke else NOTHING
-        n.append(one.safe(best[i], agreed[i], glimpses[i], drafts[i]) if counts[i][2] else 0)
+        best[i] = best[i] if glimpses[i].spoke >= one.least else NOTHING
+        n.append(one.safe(best[i], agreed[i], glimpses[i], drafts[i]) if counts[i][2] >= one.least else 0)
         decision = one.decide(best[i], n[i])
         decisions[i] += [] if decision is None else [decision]
         counts[i][1] = max(counts[i][1], one.limits.weary(room[i]))
@@ -303,7 +306,7 @@ def restarted(
 ) -> Beam:  # fmt: skip
     """Rows whose utterance is over say all of it, and their search begins anew."""
     search, rows = listeners[0].search, [i for i, end in enumerate(over) if end]
-    spoke = [i for i in rows if counts[i][2]]
+    spoke = [i for i in rows if counts[i][2] >= listeners[i].least]
     best = dict(zip(spoke, answers(search, search.finish(tree.select(beam, spoke))), strict=True)) if spoke else {}
     for i in rows:
         decision = listeners[i].closing(best.get(i, NOTHING), i in best)
