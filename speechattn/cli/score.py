@@ -14,6 +14,11 @@ import numpy as np
 from speechattn.errors import InputError
 from speechattn.live.events import Event
 from speechattn.score.lag import Heard, measure_lag
+from speechattn.score.latency.clocks import CLOCKS
+from speechattn.score.latency.degeneracy import Degeneracy, degeneracy
+from speechattn.score.latency.logs import Log, read_events, read_log, referred
+from speechattn.score.latency.segments import by_talk, read_sentences
+from speechattn.score.latency.table import Figure, figures, talk_figures, text_table
 from speechattn.score.metrics import BLEU, ChrF, ErrorRate, Metric, Scored, compared, scored
 from speechattn.score.significance import Difference
 from speechattn.score.wer import NORMALISERS, WordErrors, word_errors
@@ -21,6 +26,7 @@ from speechattn.score.wer import NORMALISERS, WordErrors, word_errors
 __all__ = ["add_parser"]
 
 TEST = "paired bootstrap interval, approximate randomisation"
+LAG = "lag mean {mean_s:.2f} s, p50 {p50_s:.2f} s, p95 {p95_s:.2f} s (against {against}; queueing included)"
 
 
 def add_parser(commands: Any) -> None:
@@ -39,11 +45,28 @@ def add_parser(commands: Any) -> None:
             bleu.add_argument("--tokenize", default="13a", metavar="NAME", help="sacrebleu's tokenizer (default 13a)")
         bleu.add_argument("--lowercase", action="store_true", help="judge lower-case text")
         bleu.set_defaults(run=run_bleu)
-    latency = kinds.add_parser("latency", help="lag of each word behind its end", allow_abbrev=False)
-    latency.add_argument("log", metavar="LOG", help="events of `speechattn stream --format jsonl`")
-    latency.add_argument("--words", metavar="FILE", help='true word ends, JSONL of {"word": str, "end": seconds}')
-    latency.add_argument("--json", action="store_true", help="print JSON")
-    latency.set_defaults(run=run_latency)
+    latency = kinds.add_parser("latency", help="lag of words behind the speaker", allow_abbrev=False)
+    add_latency(latency)
+
+
+def add_latency(parser: Any) -> None:
+    """Options of `score latency`."""
+    parser.add_argument(
+        "log", metavar="LOG",
+        help="events of `speechattn stream --format jsonl`, an instances.log of SimulEval, or a log of simulstream",
+    )  # fmt: skip
+    parser.add_argument("--words", metavar="FILE", help='true word ends, JSONL of {"word": str, "end": seconds}')
+    parser.add_argument("--reference", metavar="FILE", help="text, a line for each utterance (or segment)")
+    parser.add_argument(
+        "--segments", metavar="FILE", help="sentences of talks: YAML or JSON list of {wav, offset, duration} in seconds"
+    )
+    parser.add_argument("--unit", default="word", choices=("word", "char"), help="what is counted (default word)")
+    parser.add_argument(
+        "--tokens", default="word", choices=("word", "char", "spm"), help="how tokens of a simulstream log make a text"
+    )
+    parser.add_argument("--clock", choices=tuple(CLOCKS), help="how computing is counted (default: as the log's tool)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run_latency)
 
 
 def texts(parser: Any, *, hypothesis: str) -> None:
@@ -69,22 +92,13 @@ def lines_of(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def read_events(name: str) -> list[Event]:
-    """An event log; InputError names the line that is none."""
-    events = []
-    for number, line in enumerate(lines_of(read_text(name)), 1):
-        try:
-            events.append(Event.from_json(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{name}, line {number}: not an event ({error})") from error
-    return events
-
-
 def read_pairs(reference: str, hypothesis: str) -> tuple[list[str], list[str]]:
     """Line against line; an event log counts as one utterance, and so does the whole reference then."""
     wanted, said = read_text(reference), read_text(hypothesis)
     if said.lstrip().startswith("{"):
-        return [" ".join(lines_of(wanted))], ["".join(event.committed for event in read_events(hypothesis))]
+        return [" ".join(lines_of(wanted))], [
+            "".join(event.committed for event in read_events(lines_of(said), hypothesis))
+        ]
     return paired(reference, lines_of(wanted), hypothesis, lines_of(said))
 
 
@@ -159,8 +173,60 @@ def tell(how: Metric, names: list[str], scores: Sequence[WordErrors | Scored | s
 
 
 def run_latency(options: argparse.Namespace) -> int:
+    """The metrics that the log and the reference allow; of an event log also the lag behind the ends of its words."""
+    lines = lines_of(read_text(options.log))
+    log = read_log(lines, where=options.log, unit=options.unit, tokens=options.tokens, clock=options.clock)
+    said: dict[str, Any] = {}
+    if log.kind == "speechattn":
+        said = word_lag(read_events(lines, options.log), options)
+    elif options.words:
+        raise InputError(f"--words goes with an event log; {options.log} is one of {log.kind}")
+    found, trouble = metrics_of(log, options)
+    erased = None if log.erasure is None else log.erasure.normalised
+    if options.json:
+        latency = {
+            "log": log.kind, "clock": log.clock, "utterances": len(log.said),
+            "metrics": {figure.name: asdict(figure) for figure in found},
+            "degeneracy": None if trouble is None else {**asdict(trouble), "likely": trouble.likely},
+            "normalised_erasure": erased,
+        }  # fmt: skip
+        print(json.dumps({**said, "latency": latency}))
+        return 0
+    if said:
+        print(LAG.format(**said))
+    print(f"{len(log.said)} utterances of a log of {log.kind}; computing by the clock of {log.clock}")
+    print(f"\n{text_table(found)}")
+    if erased is not None:
+        print(f"normalised erasure {erased:.3f}")
+    if trouble is not None and trouble.likely:
+        print(degenerate(trouble))
+    return 0
+
+
+def metrics_of(log: Log, options: argparse.Namespace) -> tuple[list[Figure], Degeneracy | None]:
+    """Of talks with their segments, or of utterances; these with the test of how far their mean can be believed."""
+    lines = lines_of(read_text(options.reference)) if options.reference else None
+    if options.segments:
+        if lines is None:
+            raise InputError("--segments needs --reference, a line for each segment")
+        return talk_figures(by_talk(log.said, read_sentences(options.segments, lines)), counting=log.counting), None
+    if lines is not None:
+        log = referred(log, lines, options.reference)
+    pieces = any(np.isfinite(said.to_end) for said in log.said)
+    with_reference = any(said.reference_length is not None for said in log.said)
+    return figures(log.said), degeneracy(log.said) if with_reference and not pieces else None
+
+
+def degenerate(found: Degeneracy) -> str:
+    """A warning."""
+    return (
+        f"warning: {found.simultaneous:.0f} % of the words came before the source ended, where the lag lets expect "
+        f"{found.expected:.0f} %: the mean lag says little about this policy"
+    )
+
+
+def word_lag(events: Sequence[Event], options: argparse.Namespace) -> dict[str, Any]:
     """Against true word ends where they are given, else against the log's own word ends (and says so)."""
-    events = read_events(options.log)
     if options.words:
         try:
             heard = [Heard(**json.loads(line)) for line in lines_of(read_text(options.words))]
@@ -173,10 +239,7 @@ def run_latency(options: argparse.Namespace) -> int:
         against = f"the log's own word ends, {len(seconds)} words"
     if not len(seconds):
         raise InputError(f"{options.log}: no words to measure")
-    said = {
+    return {
         "mean_s": float(seconds.mean()), "p50_s": float(np.median(seconds)),
         "p95_s": float(np.percentile(seconds, 95)), "n": len(seconds), "against": against,
     }  # fmt: skip
-    text = "lag mean {mean_s:.2f} s, p50 {p50_s:.2f} s, p95 {p95_s:.2f} s (against {against}; queueing included)"
-    print(json.dumps(said) if options.json else text.format(**said))
-    return 0
