@@ -4,7 +4,7 @@
 
 - `read`: people who speak clear English, from the test files of packages; in no training set.
 - `voices`: sentences of our own (`kept_out.txt`), said by nine synthetic voices that made no training data; others
-  of their engine did.
+  of their engine taught the head of letters.
 - `hour`: both and the test part of FOTAQ as one stream of an hour (made when asked for, `hour`).
 - `music`, `noises`: ten minutes each of sound that says nothing.
 
