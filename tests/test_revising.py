@@ -20,12 +20,14 @@ from speechattn.encoder.revising import Revising
 from speechattn.errors import ModelError
 from speechattn.frames import Frames
 from speechattn.live import Event, Pool, Session
-from speechattn.live.endings import Limits, StreamSettings
+from speechattn.live.endings import Glimpse, Limits, StreamSettings
+from speechattn.live.streaming import Streaming
 from speechattn.model import Recognizer, from_config, load_model
 from speechattn.model.chunks import set_chunk
+from speechattn.policy import Source
 from speechattn.pretrained.whisper.streaming import Flow, StreamingEncoder
 from speechattn.score.wer import word_errors
-from speechattn.search import Beam
+from speechattn.search import Beam, Draft, Hypothesis
 from speechattn.search.aligned import AlignedGreedy
 from speechattn.stream import Delay, Serial
 from speechattn.testing import check_export, check_stream, oracle, random_frames
@@ -309,3 +311,30 @@ def test_nothing_is_said_where_hardly_anything_was_heard(exact: Recognizer, monk
 
     assert said(2) == ""
     assert said(3) != ""
+
+
+class Everything:
+    """A policy that takes every draft."""
+
+    heads = ()
+
+    def initial(self) -> None:
+        return None
+
+    def accept(self, draft: Draft, source: Source, state: None) -> tuple[int, None]:
+        return len(draft.tokens), None
+
+
+def test_what_comes_behind_the_end_that_is_in_sight_waits(exact: Recognizer) -> None:
+    session = Session(exact, search=exact.search("aligned"), policy=Everything())
+    assert isinstance(session.listener, Streaming)
+    tokens = tuple(exact.tokenizer.encode("the red dog"))
+    assert len(tokens) == 3
+    best = Hypothesis(tokens, 0.0, (0.0,) * 3, ((0, 10), (10, 20), (60, 70)))
+    draft = Draft(torch.tensor(tokens), torch.zeros(3), torch.zeros(0, 4, 80), (), 0, False)
+
+    def safe(end: int | None) -> int:
+        assert isinstance(session.listener, Streaming)
+        return session.listener.safe(best, 3, Glimpse(80, 40, 9, end), draft)
+
+    assert [safe(end) for end in (None, 61, 60, 15, 5)] == [3, 3, 1, 1, 0]
