@@ -16,7 +16,7 @@ from speechattn.attention.self_attention import AttentionState, SelfAttention
 from speechattn.cross import CrossAttention, CrossMaker
 from speechattn.cross.soft import Soft
 from speechattn.frames import Frames, Memory
-from speechattn.linear import dropped, run
+from speechattn.linear import dropped, linear, run
 from speechattn.tree import leaves, node
 
 __all__ = ["AttentionDecoder", "DecoderState", "Forced", "Head", "learned", "sinusoids"]
@@ -270,7 +270,7 @@ class AttentionDecoder(nn.Module):
         """`hidden` [..., D] -> unnormalised scores of the next token [..., V]."""
         if self.output is not None:
             return run(self.output, hidden)
-        return F.linear(hidden, self.embed.weight)
+        return linear(hidden, self.embed.weight, None)
 
     def forced(
         self, state: DecoderState, targets: Tensor, lengths: Tensor, *, sos: int, eos: int, heads: Sequence[Head] = ()

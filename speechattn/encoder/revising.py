@@ -64,9 +64,10 @@ class Revising(Planned):
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
         if not isinstance(state, Revised):
             return self.inner.step(x, state)
-        bounded, new = self.inner.plan().left is not None, self.plan().block
+        plan = self.inner.plan()  # which takes a while to work out
+        assert plan.block is not None
+        bounded, new = plan.left is not None, plan.block - self.revise
         said, inner, waiting, ahead = list[Frames](), state.inner, state.waiting, state.ahead
-        assert new is not None
         for at in range(0, x.mask.shape[1], new):
             window = Frames.cat([waiting, x[at : at + new]])
             y, inner = self.inner.step(window, inner)
