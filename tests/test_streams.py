@@ -30,6 +30,7 @@ from speechattn.encoder import (
     LabelEncoder,
     layers,
 )  # fmt: skip
+from speechattn.encoder.revising import Revising
 from speechattn.frames import Frames
 from speechattn.model.pruning import GatedEncoder, PrunedEncoder, SplitEncoder
 from speechattn.pretrained.espnet.legacy import Whole
@@ -79,7 +80,7 @@ ELSEWHERE: dict[type, str] = {
     FlexPrefill: "test_prefill.py", EchoAttention: "test_echo.py", Scale: "test_echo.py", Together: "test_echo.py",
     Gated: "test_echo.py", Convolution: "test_embedded.py", Flow: "test_embedded.py",
     StreamingEncoder: "test_embedded.py", Turning: "test_embedded.py", Floored: "test_embedded.py",
-    Letters: "test_embedded.py",
+    Letters: "test_embedded.py", Revising: "test_revising.py",
 }  # fmt: skip
 
 
