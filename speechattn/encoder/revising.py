@@ -31,9 +31,10 @@ class Revising(Planned):
     """`inner` in chunks that overlap: the newest `revise` frames are read again with the next chunk, which they see.
 
     So each frame that is said has heard at least `revise` frames behind it; until then `ahead` tells what is thought
-    of it. The chunk of `inner` are the frames read at a step: its own and those that are read again, each at most
-    twice where `revise` is no more than half of it. What went before it remembers as it said them. The history of its
-    span is counted from the first new frame. As the right context of an Emformer (arXiv 2010.10759) costs.
+    of it. The chunk of `inner` are the frames read at a step, those that are read again and the new ones; each is read
+    at most twice where `revise` is no more than half of it. Older frames are remembered as they were when they became
+    final; the history of the span is counted from the first new frame. It costs what the right context of an Emformer
+    does (arXiv 2010.10759).
 
     `inner` is made of attention and what maps each frame alone. ValueError for other streams.
     """
