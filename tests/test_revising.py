@@ -16,6 +16,7 @@ from torch import nn
 
 from speechattn.attention import Span, set_span
 from speechattn.audio.resample import Samples
+from speechattn.encoder import Conformer
 from speechattn.encoder.revising import Revising
 from speechattn.errors import ModelError
 from speechattn.frames import Frames
@@ -338,3 +339,32 @@ def test_what_comes_behind_the_end_that_is_in_sight_waits(exact: Recognizer) -> 
         return session.listener.safe(best, 3, Glimpse(80, 40, 9, end), draft)
 
     assert [safe(end) for end in (None, 61, 60, 15, 5)] == [3, 3, 1, 1, 0]
+
+
+@pytest.mark.usefixtures("precise")
+@pytest.mark.parametrize(("left", "chunk", "revise"), [(6, 4, 1), (5, 4, 2), (None, 6, 4), (8, 7, 5), (4, 6, 3)])
+def test_all_windows_at_once(left: int | None, chunk: int, revise: int) -> None:
+    stream, x = Revising(layers(Span.chunked(left, chunk)), revise).eval(), random_frames([26, 0, 19], 8)
+    assert torch.allclose(stream.at_once(x).values, oracle(stream, x).values, atol=1e-9)
+    assert torch.equal(stream.at_once(x).mask, x.mask)
+    parameters, weight = list(stream.parameters()), torch.randn(8).double()
+    both = [torch.autograd.grad((said.values @ weight).square().sum(), parameters)
+            for said in (stream.at_once(x), stream(x))]  # fmt: skip
+    for mine, theirs in zip(*both, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-9)
+    assert stream.plan().block == chunk - revise  # the span is the usual one again
+
+
+def test_what_cannot_be_read_at_once() -> None:
+    conformer = Conformer(8, 8, 1, 2, 16, span=Span.chunked(8, 6), kernel=3)
+    with pytest.raises(ValueError, match="without positions"):
+        Revising(conformer.layers, 2).at_once(random_frames([8], 8))
+
+
+@pytest.mark.usefixtures("precise")
+def test_a_training_hears_what_a_listener_hears() -> None:
+    encoder = StreamingEncoder(8, 8, 2, 2, span=Span.chunked(8, 6), revise=2, period=7).eval()
+    x = random_frames([64], 8)
+    body = encoder.body()
+    assert torch.allclose(encoder.heard(x).values, body(encoder.subsample(x)).values)
+    assert not torch.allclose(encoder.heard(x).values, encoder(x).values)

@@ -29,6 +29,10 @@ class Encoder(Serial):
         """Samples [B, N] -> frames [B, T, dim], behind a `front_end`: what a live session steps."""
         return Serial(front_end=front_end, encoder=self)
 
+    def heard(self, x: Frames) -> Frames:
+        """What a listener would hear of the whole of these features, for training: `forward`, or what is read again."""
+        return self(x)
+
     def intermediate(self, x: Frames, layers: Sequence[int]) -> tuple[Frames, list[Frames]]:
         """As `forward`, and what the given layers (from 0) say, each without its delay.
 

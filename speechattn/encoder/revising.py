@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
+from speechattn.attention.pattern import Span
 from speechattn.attention.ring import Ring
-from speechattn.attention.self_attention import AttentionState
+from speechattn.attention.self_attention import AttentionState, SelfAttention, Spanned, set_span
 from speechattn.frames import Frames
 from speechattn.stream import Buffer, Plan, Planned, Stream
 from speechattn.tree import node
 
-__all__ = ["Revised", "Revising"]
+__all__ = ["Revised", "Revising", "Windows"]
 
 
 @node
@@ -25,6 +29,30 @@ class Revised:
     inner: Any
     waiting: Frames
     ahead: Frames
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of `chunk` frames in a row, each of which begins with the last `revise` frames of the one before.
+
+    A frame sees its window, and of those before what was final in them, `left` frames back from the first new one.
+    """
+
+    left: int | None
+    chunk: int
+    revise: int
+    sinks: ClassVar[int] = 0
+    right: ClassVar[int] = 0
+
+    def allowed(self, q: Tensor, k: Tensor) -> Tensor:
+        """True where query index `q` may see key index `k`."""
+        new = self.chunk - self.revise
+        mine, theirs = (torch.div(n, self.chunk, rounding_mode="floor") for n in (q, k))
+        place = k - theirs * self.chunk
+        before = (theirs < mine) & (place < new)
+        if self.left is not None:
+            before = before & (theirs * new - self.revise + place >= mine * new - self.left)
+        return (mine == theirs) | before
 
 
 class Revising(Planned):
@@ -80,6 +108,37 @@ class Revising(Planned):
 
     def ahead(self, state: Any) -> Frames | None:
         return state.ahead if isinstance(state, Revised) else None
+
+    def at_once(self, x: Frames) -> Frames:
+        """As `forward`, all windows side by side in one pass: for training. ValueError where distances matter."""
+        plan, inner = self.plan(), [m for m in self.inner.modules() if isinstance(m, Spanned)]
+        if plan.block is None:
+            whole: Frames = self(x)
+            return whole
+        spans = {module.span for module in inner}
+        if len(spans) > 1 or any(not isinstance(m, SelfAttention) or m.position is not None for m in inner):
+            raise ValueError("windows side by side: wanted attention of one span, without positions")
+        (span,) = spans
+        assert isinstance(span, Span)
+        new, total = plan.block, x.mask.shape[1]
+        count = -(-(total + self.revise) // new)
+        padded = Frames.cat([x[:0].pad(self.revise), x, x[:0].pad(count * new - total)])
+        at = (torch.arange(count)[:, None] * new + torch.arange(new + self.revise)).flatten().to(x.mask.device)
+        windows = Frames(padded.values[:, at], padded.mask[:, at])
+        with seeing(self.inner, Windows(span.left, new + self.revise, self.revise), span):
+            said = self.inner(windows)
+        kept = torch.arange(len(at), device=at.device).view(count, -1)[:, :new].flatten()[self.revise :][:total]
+        return Frames(said.values[:, kept], said.mask[:, kept])
+
+
+@contextmanager
+def seeing(stream: nn.Module, pattern: Windows, usual: Span) -> Iterator[None]:
+    """Attention inside `stream` sees the pattern, and then what is usual again."""
+    set_span(stream, pattern)
+    try:
+        yield
+    finally:
+        set_span(stream, usual)
 
 
 def taken_back(state: Any, n: int, *, keep: bool) -> Any:

@@ -29,6 +29,7 @@ from speechattn.stream import Serial, Stream
 from speechattn.task.base import Task, seeded
 from speechattn.task.checkpoint import start_from, tokenizer_of
 from speechattn.task.chunks import Spans
+from speechattn.task.kept import Kept
 from speechattn.task.objectives import Heard, Objective, Said
 from speechattn.task.tally import Tally, WordTally, streamed
 from speechattn.text.pieces import Pieces
@@ -47,19 +48,23 @@ class Recognizer(Task):
 
     Validation decodes with `search` offline and, in the blocks of the encoder's own span, streamed: `wer` and
     `wer_streamed`, and `cer` likewise. `tokenizer` is the folder of its `tokens.txt`, `backend` who computes attention.
+    The `frozen` ones of `parts` stay as they are; `keep` is a folder for what a frozen encoder says of each utterance,
+    as a live session hears it, so that it is computed once.
     """
 
     def __init__(
         self, front_end: Stream, encoder: Encoder, heads: dict[str, nn.Module], tokenizer: str,
-        objectives: list[Objective], *, sample_rate: int = 16000, language: str | None = None, spaceless: bool = False,
+        objectives: list[Objective], *, sample_rate: int = 16000, language: str | None = None,
+        target_language: str | None = None, spaceless: bool = False,
         augment: SpecAugment | None = None, spans: Spans | None = None, optimizer: OptimizerCallable = AdamW,
         scheduler: LRSchedulerCallable | None = None, search: str | None = None, beam_size: int = 1,
         streamed_batches: int | None = None, seed: int = 0, compile: str | None = None, backend: str = "auto",
+        frozen: Sequence[str] = (), keep: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(optimizer=optimizer, scheduler=scheduler, seed=seed)
         self.model = Model(
             front_end, encoder, heads, tokenizer_of(tokenizer),
-            sample_rate=sample_rate, language=language, spaceless=spaceless,
+            sample_rate=sample_rate, language=language, target_language=target_language, spaceless=spaceless,
         )  # fmt: skip
         try_out(self.model, "model")
         if backend != "auto":
@@ -70,14 +75,17 @@ class Recognizer(Task):
             raise ValueError(f"objectives {', '.join(names) or 'none'}: wanted some, each once")
         for objective in objectives:
             objective.fit(self.model)
-        self.leave_idle()
+        self.leave_idle(frozen)
         self.augment, self.spans = augment, spans
+        self.kept = Kept.of(keep, self, frozen) if keep is not None else None
         self.search, self.beam_size, self.streamed_batches = search, beam_size, streamed_batches
         self.compiler = compile
         self.model.search(search, beam_size=beam_size)  # says now what is wrong with it
         self.own_spans = [(module, module.span) for module in encoder.modules() if isinstance(module, Spanned)]
         if compile is not None and any(objective.layers for objective in objectives):
             raise ValueError(f"compile {compile}: not with an objective that looks inside the encoder")
+        if compile is not None and encoder.revise:
+            raise ValueError(f"compile {compile}: not with an encoder whose chunks are read again (revise)")
         if spans is not None and not self.own_spans:
             raise ValueError(f"spans: {type(encoder).__name__} has nothing that a span governs")
         if spans is not None:  # says now which span the encoder cannot honour, not in the step that draws it
@@ -97,8 +105,12 @@ class Recognizer(Task):
         """Encoder and heads."""
         return {"encoder": self.model.encoder, **self.model.heads}
 
-    def leave_idle(self) -> None:
-        """A head that no objective trains stays as it is."""
+    def leave_idle(self, frozen: Sequence[str]) -> None:
+        """A head that no objective trains stays as it is, and the `frozen` parts."""
+        if unknown := [name for name in frozen if name not in self.parts]:
+            raise ValueError(f"frozen {', '.join(unknown)}: there are {', '.join(self.parts)}")
+        for name in frozen:
+            self.parts[name].requires_grad_(False)
         told = {head for objective in self.objectives for head in objective.heads}
         idle = [name for name in self.model.heads if name not in told]
         for name in idle:
@@ -119,6 +131,8 @@ class Recognizer(Task):
         if (rate := getattr(data, "rate", self.model.sample_rate)) != self.model.sample_rate:
             raise InputError(f"data.rate {rate}: the model hears {self.model.sample_rate} samples a second")
         self.exact = {name: tensor.clone() for name, tensor in self.model.front_end.state_dict().items()}
+        if self.kept is not None:
+            self.kept.fit(data)
 
     def on_fit_start(self) -> None:
         """Features are normalised by statistics of the training data, unless they are known."""
@@ -179,7 +193,7 @@ class Recognizer(Task):
             features = self.augment(features)
         wanted = sorted({layer for objective in self.objectives for layer in objective.layers})
         if not wanted:
-            return Heard(sound, features, encoder(features))
+            return Heard(sound, features, encoder.heard(features))
         frames, layers = encoder.intermediate(features, wanted)
         return Heard(sound, features, frames, dict(zip(wanted, layers, strict=True)))
 
@@ -207,7 +221,7 @@ class Recognizer(Task):
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Said, Tensor]:
         """Of each objective the loss of each utterance [B]; and which are `impossible` for one of them [B]."""
-        said, heard = self.said(batch), self.hear(batch.sound)
+        said, heard = self.said(batch), self.hear(batch.sound) if self.kept is None else self.kept(batch)
         lost = torch.stack([o.impossible(heard, said) for o in self.objectives]).any(0)
         return {o.name: o.losses(self.model, heard, said) for o in self.objectives}, said, lost
 

@@ -108,8 +108,8 @@ class StreamingEncoder(Encoder):
 
     Law: with `Span.full()`, from position 0, and no more than `period` frames it is Whisper's.
 
-    Who listens by it (`listening`) reads the last `revise` frames of each chunk again with the next one (`Revising`).
-    `forward`, by which it is trained, says each chunk of the span once.
+    Who listens by it (`listening`) reads the last `revise` frames of each chunk again with the next one (`Revising`),
+    and so it is trained (`heard`). `forward` says each chunk of the span once.
     """
 
     def __init__(
@@ -134,8 +134,16 @@ class StreamingEncoder(Encoder):
     def listening(self, front_end: Stream) -> Flow:
         """Front-end and convolutions stand in one series: their two looks ahead of 10 ms are one frame."""
         stem = [part for whole in (front_end, self.subsample) for part in members(whole)]
+        return Flow(Serial(*stem), self.body())
+
+    def heard(self, x: Frames) -> Frames:
+        body = self.body()
+        return body.at_once(self.subsample(x)) if isinstance(body, Revising) else self(x)
+
+    def body(self) -> Stream:
+        """Layers and norm, as a listener steps them."""
         body: Stream = Serial(layers=self.layers, norm=self.norm)
-        return Flow(Serial(*stem), Revising(body, self.revise) if self.revise else body)
+        return Revising(body, self.revise) if self.revise else body
 
 
 class Flow(Planned):
