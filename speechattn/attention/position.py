@@ -170,9 +170,13 @@ class Relative(Position):
 @constant
 def turns(indices: range, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Cosine and sine of each index and pair of features [2, len(indices), dim / 2]."""
-    at = numbers(indices, device)
-    angle = at[:, None] * base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=at.device) / dim)
-    return torch.stack([angle.cos(), angle.sin()]).to(device, dtype)
+    return circled(numbers(indices, device), dim, base).to(device, dtype)
+
+
+def circled(at: Tensor, dim: int, base: float) -> Tensor:
+    """Cosine and sine of places `at` [...] in float64 and of each pair of features [2, ..., dim / 2]."""
+    angle = at[..., None] * base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=at.device) / dim)
+    return torch.stack([angle.cos(), angle.sin()])
 
 
 class Rotary(Position):
@@ -193,8 +197,16 @@ class Rotary(Position):
     def terms(self, distances: range, places: range, like: Tensor) -> Terms | None:
         return Terms(turns=turns(places, like.shape[-1], self.base, torch.float32, like.device))
 
+    def placed(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x [B, H, T, D] turned by places of its own [B, T]: two that are turned like this see how far they differ."""
+        at = ids.to("cpu" if ids.device.type == "mps" else ids.device).double()  # MPS has no float64
+        return self._circled(x, circled(at[:, None], x.shape[-1], self.base).to(x.device, x.dtype))
+
     def _turned(self, x: Tensor, indices: range) -> Tensor:
-        cos, sin = turns(indices, x.shape[-1], self.base, x.dtype, x.device)
+        return self._circled(x, turns(indices, x.shape[-1], self.base, x.dtype, x.device))
+
+    def _circled(self, x: Tensor, turns: Tensor) -> Tensor:
+        cos, sin = turns
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 

@@ -31,7 +31,8 @@ class Encoder(Serial):
 
     def heard(self, x: Frames) -> Frames:
         """What a listener would hear of the whole of these features, for training: `forward`, or what is read again."""
-        return self(x)
+        frames: Frames = self(x)
+        return frames
 
     def intermediate(self, x: Frames, layers: Sequence[int]) -> tuple[Frames, list[Frames]]:
         """As `forward`, and what the given layers (from 0) say, each without its delay.

@@ -138,7 +138,7 @@ class StreamingEncoder(Encoder):
 
     def heard(self, x: Frames) -> Frames:
         body = self.body()
-        return body.at_once(self.subsample(x)) if isinstance(body, Revising) else self(x)
+        return body.at_once(self.subsample(x)) if isinstance(body, Revising) else super().heard(x)
 
     def body(self) -> Stream:
         """Layers and norm, as a listener steps them."""
