@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class FakeModel:
     alignment_heads: tuple[tuple[int, int], ...] = ((0, 0),)
     decoder_size: tuple[int, int] = (1, 1)
     spaceless: bool = False
+    translates: bool = False
     front_end: Stream = field(default_factory=Loudness)
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     encoded: list[int] = field(default_factory=list)
@@ -99,4 +101,32 @@ class FakeModel:
         # rows: prompt, then the look that says each committed and new token, then the look behind them
         weights = weights[:, 1:]
         weights = torch.cat([torch.full((1, 2, n), 1e-3), weights], 1)
+        return Draft(torch.tensor(new, dtype=torch.long), torch.full((len(new),), -0.1), weights, heads, first, True)
+
+
+@dataclass
+class Reordering(FakeModel):
+    """A translator: of every two words it says the second one first, each where it looks at its own sound.
+
+    The word at position p of the text is word p ^ 1 of the sound; a word that has not ended is said wrongly.
+    """
+
+    translates: bool = True
+
+    def draft(
+        self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),
+        heads: tuple[tuple[int, int], ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
+    ) -> Draft:  # fmt: skip
+        start_s, end_s = int(memory.start[0]) / RATE, self.end_s
+        self.prompts.append(len(committed) + len(context))
+        begun = [i for i, end in enumerate(self.ends_s) if start_s <= end - self.word_s + 0.15 < end_s + 0.15]
+        at = (committed[-1] ^ 1) + 1 if committed else (begun[0] if begun else 0)
+        heard = list(takewhile(lambda i: i in begun, (p ^ 1 for p in count(at))))
+        new = [i if self.ends_s[i] <= end_s else 1000 + i for i in heard]
+        n = memory.frames.mask.shape[1] if frames is None else frames
+        weights = torch.full((1, 2 + len(committed) + len(new), n), 1e-3)  # a prompt of two, and the look behind all
+        for row, token in enumerate([*committed, *new]):
+            middle = self.ends_s[token % 1000] - self.word_s / 2 - start_s
+            distance = torch.arange(n) - min(n - 1, max(0, int(middle / self.frame_s + 1e-6)))
+            weights[0, row + 1] += (-distance.square() / 20).exp()
         return Draft(torch.tensor(new, dtype=torch.long), torch.full((len(new),), -0.1), weights, heads, first, True)

@@ -100,10 +100,16 @@ def test_normalisation_removes_a_frame_that_every_token_looks_at() -> None:
 
 def test_median_filter_against_a_loop() -> None:
     x = torch.rand(3, 11)
-    padded = torch.cat([x[:, 1:4].flip(-1), x, x[:, -4:-1].flip(-1)], -1)
-    expected = torch.stack([padded[:, i : i + 7].median(-1).values for i in range(11)], -1)
-    assert torch.equal(median_filter(x, 7), expected)
+    x[0, 3:6] = x[0, 2]
+    for width in (3, 5, 7, 9):
+        edge = width // 2
+        padded = torch.cat([x[:, 1 : edge + 1].flip(-1), x, x[:, -edge - 1 : -1].flip(-1)], -1)
+        expected = torch.stack([padded[:, i : i + width].median(-1).values for i in range(11)], -1)
+        assert torch.equal(median_filter(x, width), expected)
     assert torch.equal(median_filter(x[:, :3], 7), x[:, :3])
+    assert torch.equal(median_filter(x, 1), x)
+    with pytest.raises(ValueError, match="odd"):
+        median_filter(x, 4)
 
 
 def test_local_agreement_commits_the_common_prefix() -> None:
@@ -178,18 +184,21 @@ def pairs(tokens: list[int]) -> list[int]:
 
 
 def test_wait_k_counts_words() -> None:
-    policy = WaitK(2, pairs, 10)
-    counts = [policy.accept(draft(torch.ones(7, 10 * n + 9)), READ, policy.initial())[0] for n in range(7)]
+    def heard(frames: int, finished: bool = False) -> Source:
+        return Source(frames, 0.02, finished)
+
+    policy, rows = WaitK(2, pairs, 10), torch.ones(7, 5)  # what the draft sees may be less than was heard
+    counts = [policy.accept(draft(rows), heard(10 * n + 9), policy.initial())[0] for n in range(7)]
     assert counts == [0, 0, 0, 2, 4, 6, 7]
-    assert policy.accept(draft(torch.ones(7, 9)), END, policy.initial()) == (7, Told())
+    assert policy.accept(draft(rows), heard(9, finished=True), policy.initial()) == (7, Told())
     # three of its tokens were committed, of which the third begins a word
-    n, state = policy.accept(draft(torch.ones(7, 49)), READ, policy.initial())
+    n, state = policy.accept(draft(rows), heard(49), policy.initial())
     assert n == 4
-    n, state = policy.accept(draft(torch.ones(5, 49), [3, 4, 5, 6, 7], first=3), READ, state)
+    n, state = policy.accept(draft(rows[:5], [3, 4, 5, 6, 7], first=3), heard(49), state)
     assert (n, state.committed) == (1, (0, 1, 2))
-    n, state = policy.accept(draft(torch.ones(3, 69), [4, 5, 6], first=4), READ, state)
+    n, state = policy.accept(draft(rows[:3], [4, 5, 6], first=4), heard(69), state)
     assert (n, state.committed) == (3, (0, 1, 2, 3))
     # a state of its own begins where the session is
-    assert policy.accept(draft(torch.ones(5, 39), first=90), READ, policy.initial())[0] == 2
+    assert policy.accept(draft(rows[:5], first=90), heard(39), policy.initial())[0] == 2
     with pytest.raises(ValueError, match="k -1"):
         WaitK(-1, pairs)

@@ -10,7 +10,7 @@ import pytest
 import speechattn_kernels.entmax
 import torch
 from speechattn_kernels.entmax import entmax_attention
-from speechattn_kernels.policy import policy
+from speechattn_kernels.policy import naive, policy
 from torch import Tensor, nn
 
 from speechattn import tree
@@ -27,6 +27,11 @@ from speechattn.encoder import Conformer
 from speechattn.frames import Frames, Memory
 from speechattn.model import Recognizer
 from speechattn.model.config import build
+from speechattn.policy import Policy, Source
+from speechattn.policy.align_att import AlignAtt
+from speechattn.policy.ed_att import EDAtt
+from speechattn.search import Draft
+from speechattn.search.greedy import Greedy
 from speechattn.task.objectives import FusedTransducerObjective, Heard, Objective, Said, TransducerObjective
 from speechattn.testing import random_frames
 from speechattn.text.pieces import Pieces
@@ -200,3 +205,70 @@ def test_the_whole_loss_on_a_gpu(
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
     grads = [torch.autograd.grad(x[x.isfinite()].sum(), scores)[0].float() for x in (found, wanted)]
     torch.testing.assert_close(*grads, rtol=0, atol={torch.float32: 1e-3, torch.float16: 3e-3}.get(dtype, 1e-2))
+
+
+def deciders(heads: tuple[tuple[int, int], ...]) -> list[Policy]:
+    """Those that look at attention, at many settings."""
+    whisper = [AlignAtt.whisper(heads, n) for n in (1, 4, 9, 20, 33)]
+    plain = [AlignAtt(heads, n, n, drop, False, 1, None) for n in (1, 2, 7, 16, 30) for drop in (0, 1)]
+    return [*whisper, *plain, *(EDAtt(heads, a, drop_last=drop, power=power) for a in (0.03, 2 / 64, 0.1, 0.4)
+                                for drop in (0, 1) for power in (1, 2))]  # fmt: skip
+
+
+def decided(draft: Draft) -> list[int]:
+    now = Source(draft.weights.shape[2], 0.02, finished=False)
+    return [policy.accept(draft, now, policy.initial())[0] for policy in deciders(draft.heads)]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_policies_decide_by_the_kernel_as_without_it(ties: bool, device: torch.device) -> None:
+    """With ties every frame has a twin, whose scores are the same to the last bit: products of whole numbers."""
+    found = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        tokens, frames = 1 + seed % 5, 64
+        q = torch.randn(1, 4, tokens + 1, 32) if not ties else torch.randint(-2, 3, (1, 4, tokens + 1, 32)).float()
+        k = torch.randn(1, 4, frames, 32) if not ties else torch.randint(-1, 2, (1, 4, frames // 2, 32)).float()
+        k = k.repeat(1, 1, 1 + ties, 1)[:, :, torch.randperm(frames)]
+        for u in range(tokens):  # each token has a peak somewhere, late ones later
+            q[:, :, u] += (seed % 3) * k[:, :, min(frames - 1, (u + 1) * 10 + seed)]
+        if ties and seed == 11:
+            q.zero_()  # all frames alike
+        q, k = q.to(device), k.to(device)
+        valid, heads = torch.ones(1, frames, dtype=torch.bool, device=device), (2, 0, 3)
+        _, _, each = policy(q, k, k, valid, heads=heads, newest=tokens + 1)
+        whole = naive.weights(q, k, valid)[:, list(heads)]
+        counts = []
+        for rows in (each, whole):
+            names = tuple((0, head) for head in heads)
+            counts.append(decided(Draft(torch.arange(tokens), torch.zeros(tokens), rows[0].cpu(), names, 0, False)))
+        assert counts[0] == counts[1]
+        found |= set(counts[0])
+        peaks = whole[0].mean(0).topk(2).values
+        assert bool((peaks[:, 0] == peaks[:, 1]).all()) == ties
+    assert len(found) > 3
+
+
+def test_drafts_of_a_search_are_decided_alike(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    net = AttentionDecoder(20, 40, 64, 2, 2).eval().to(device).requires_grad_(False)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    served, lengths = [], set()
+
+    def counted(*given: Tensor, heads: list[int], newest: int) -> tuple[Tensor, Tensor, Tensor]:
+        served.append(newest)
+        return policy(*given, heads=heads, newest=newest)
+
+    for n in (9, 33, 40):
+        values = torch.randn(1, n, 64, device=device)
+        memory = Memory.of(Frames(values, values.new_ones(1, n, dtype=torch.bool)))
+        drafts = []
+        for serving in (lambda q: counted, lambda q: None):
+            monkeypatch.setattr(soft, "serving", serving)
+            drafts.append(Greedy(net, 19).draft(memory, [1], [2, 3], heads=((1, 0), (0, 1)), max_tokens=6))
+        assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist()
+        assert decided(drafts[0]) == decided(drafts[1])
+        lengths.add(tuple(decided(drafts[0])))
+    assert served
+    assert len(lengths) > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -11,8 +12,9 @@ import numpy as np
 
 from speechattn.errors import InputError
 from speechattn.live.events import Event
+from speechattn.live.formats import FORMATS, segments
 
-__all__ = ["Display", "JsonLines", "Plain", "Terminal"]
+__all__ = ["Display", "JsonLines", "Plain", "Terminal", "Written"]
 
 
 class Display(Protocol):
@@ -26,6 +28,14 @@ class Display(Protocol):
 
     def show(self, events: Sequence[Event], heard_s: float, busy_s: float) -> None:
         """New events, seconds of sound so far, seconds of computing since the last call."""
+
+
+def tell(event: Event, source: str = "") -> None:
+    """What is no text, on standard error: a loop that was withheld, and why words wait."""
+    if event.withheld:
+        print(f"speechattn: {source}withheld a loop at {event.audio_s:.1f} s: {event.withheld[:80]}", file=sys.stderr)
+    if event.trace:
+        print(f"speechattn: {source}{event.audio_s:.2f} s: {event.trace}", file=sys.stderr)
 
 
 class Plain:
@@ -44,14 +54,46 @@ class Plain:
     def show(self, events: Sequence[Event], heard_s: float, busy_s: float) -> None:
         """Print what is new."""
         for event in events:
-            if event.withheld:
-                print(f"speechattn: withheld a loop at {event.audio_s:.1f} s: {event.withheld[:80]}", file=sys.stderr)
+            tell(event)
             if event.committed:
                 print(event.committed if self.open else event.committed.lstrip(), end="", flush=True)
                 self.open = True
             if event.final and self.open:
                 print(flush=True)
                 self.open = False
+
+
+class Written:
+    """Nothing until the source ends, then all of it in one of `FORMATS`: into the file `path`, or printed."""
+
+    def __init__(self, name: str, source: str, path: Path | None) -> None:
+        self.name, self.source, self.path, self.events = name, f"{source}: ", path, list[Event]()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, events: Sequence[Event], heard_s: float, busy_s: float) -> None:
+        """Keep them."""
+        self.events += events
+        for event in events:
+            tell(event, self.source)
+
+    def write(self) -> None:
+        """The text; where the disk refuses, print it, so that it is not lost, and say so."""
+        if not self.events:
+            return
+        text = FORMATS[self.name](segments(self.events))
+        if self.path is None:
+            print(text, end="")
+            return
+        try:
+            self.path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            print(text, end="")
+            raise InputError(f"{self.path}: {error.strerror or error}; the transcript was printed instead") from error
 
 
 class JsonLines(Plain):
@@ -99,6 +141,8 @@ class Terminal:
             self.lags = [*self.lags, *(event.emitted_s - word.end for word in event.words)][-100:]
             if event.withheld:
                 self.console.print(self.text(f"withheld: {event.withheld[:80]}", style="yellow"))
+            if event.trace:
+                self.console.print(self.text(f"{event.audio_s:.2f} s: {event.trace}", style="bright_black"))
             if event.final:
                 if self.line.strip():
                     self.console.print(self.text(self.line.strip(), style="bold"))

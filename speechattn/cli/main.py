@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     from speechattn.cli import (
         align,
         attention,
+        curves,
         demo,
         doctor,
         evaluate,
@@ -25,9 +26,11 @@ def parser() -> argparse.ArgumentParser:
         fit,
         prepare,
         score,
+        simulstream,
         stream,
         tokenizer,
         transcribe,
+        translate,
     )  # fmt: skip
 
     top = argparse.ArgumentParser(prog="speechattn", description="Speech attention that streams.", allow_abbrev=False)
@@ -36,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     for module in (
         transcribe,
         stream,
+        translate,
         align,
         attention,
         prepare,
@@ -43,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
         fit,
         export,
         evaluate,
+        curves,
         score,
+        simulstream,
         demo,
         doctor,
     ):

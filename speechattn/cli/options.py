@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +25,40 @@ from speechattn.model.chunks import set_chunk
 from speechattn.model.load import DEFAULT
 from speechattn.model.searches import SEARCHES
 from speechattn.policy.align_att import AlignAtt
+from speechattn.policy.stream_att import Characters, Punctuation, TextHistory, Words
 from speechattn.pretrained.whisper import WhisperModel
 
 __all__ = [
-    "add_backend_option", "add_model_options", "add_running_options", "add_session_options", "build_live_model",
-    "build_model", "build_session", "resolved",
+    "add_backend_option", "add_model_options", "add_running_options", "add_session_options", "add_trace_option",
+    "build_live_model", "build_model", "build_session", "resolved",
 ]  # fmt: skip
 
 NEVER_S = 1e9
-WINDOWS = ("min_chunk_size", "audio_max_len", "no_vad")
+WINDOWS = ("min_chunk_size", "audio_max_len", "history", "no_vad")
 STREAMS = ("chunk_ms", "search", "beam_size", "hotwords_file", "hotwords_score", "silence")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, where, in which language."""
+def add_model_options(parser: argparse.ArgumentParser, *, translate: bool = False) -> None:
+    """Which model, where, in which language; a command that can only `translate` asks for no task."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", default=DEFAULT,
         help="name or path: a model folder, or a Whisper (tiny.en, OpenAI .pt, Hugging Face, CTranslate2); "
         f"default {DEFAULT}, which is here",
     )  # fmt: skip
-    add_running_options(group)
+    add_running_options(group, translate=translate)
 
 
-def add_running_options(group: Any) -> None:
+def add_running_options(group: Any, *, translate: bool = False) -> None:
     """What `build_model` needs besides a model's name."""
-    group.add_argument("--language", help="code such as en or de (multilingual models; without it: detected)")
-    group.add_argument("--task", choices=("transcribe", "translate"), help="Whisper: translate is to English")
+    group.add_argument(
+        "--language", "--source-language", help="what is heard: code such as en or de (Whisper; without it: detected)"
+    )
+    group.add_argument("--target-language", help="what a translator says (Whisper: en)")
+    if translate:
+        group.set_defaults(task="translate")
+    else:
+        group.add_argument("--task", choices=("transcribe", "translate"), help="Whisper: translate is to English")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
     group.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     group.add_argument(
@@ -78,6 +85,11 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--audio-max-len", type=float, metavar="S", help="longest window of sound in seconds (default 12)"
     )
+    group.add_argument(
+        "--history", metavar="words=N|chars=N|punctuation",
+        help="StreamAtt: behind every look keep so many words (words alone: 20), characters, or what follows the last "
+        "mark, and the sound that they look at (default: only a window that is too long is cut)",
+    )  # fmt: skip
     group.add_argument("--no-vad", action="store_true", default=None, help="everything is speech")
     group = parser.add_argument_group("search (models that stream)")
     group.add_argument(
@@ -92,6 +104,25 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--silence", type=float, metavar="S", help="an utterance ends after S seconds (default 0.6)")
 
 
+def text_history(said: str) -> TextHistory:
+    """What `--history` names; InputError for anything else."""
+    name, _, number = said.partition("=")
+    kinds: dict[str, Callable[..., TextHistory]] = {"words": Words, "chars": Characters, "punctuation": Punctuation}
+    try:
+        if name not in kinds or (number and (name == "punctuation" or not number.isdecimal())) or said.endswith("="):
+            raise ValueError("wanted words, words=N, chars, chars=N or punctuation")
+        return kinds[name](int(number)) if number else kinds[name]()
+    except ValueError as error:
+        raise InputError(f"--history {said}: {error}") from error
+
+
+def add_trace_option(parser: argparse.ArgumentParser) -> None:
+    """For those who show events."""
+    parser.add_argument(
+        "--trace", action="store_true", help="tell at every step what waits and why (in jsonl: a field of each event)"
+    )
+
+
 def build_model(options: argparse.Namespace) -> Recognizer | WhisperModel:
     """The model that the options name."""
     if options.threads < 1:
@@ -100,8 +131,8 @@ def build_model(options: argparse.Namespace) -> Recognizer | WhisperModel:
     if options.plugin and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where plugins are
     return load_model(
-        options.model, device=options.device, dtype=options.dtype, language=options.language, task=options.task,
-        plugins=options.plugin,
+        options.model, device=options.device, dtype=options.dtype, language=options.language,
+        target_language=options.target_language, task=options.task, plugins=options.plugin,
     )  # fmt: skip
 
 
@@ -114,7 +145,7 @@ def build_live_model(options: argparse.Namespace) -> Recognizer | WhisperModel:
 
 
 def build_session(
-    options: argparse.Namespace, model: Recognizer | WhisperModel, *, offline: bool = False
+    options: argparse.Namespace, model: Recognizer | WhisperModel, *, offline: bool = False, trace: bool = False
 ) -> Session:  # fmt: skip
     """A session as the options say; InputError for those that this kind of model does not have."""
     if options.chunk_ms is not None and isinstance(model, Recognizer):
@@ -124,11 +155,11 @@ def build_session(
         refuse(options, WINDOWS, "streams: it is for models that read windows, as --model tiny.en")
         if offline:
             raise InputError("--offline changes nothing for a model that streams: it hears live what it hears offline")
-        return build_stream(options, reader)
+        return build_stream(options, reader, trace=trace)
     if reader is None:
         raise InputError(f"{options.model}: an encoder that needs whole utterances, and no attention decoder to follow")
     refuse(options, STREAMS, "reads windows of sound")
-    return build_window(options, reader, offline=offline)
+    return build_window(options, reader, offline=offline, trace=trace)
 
 
 def refuse(options: argparse.Namespace, names: Sequence[str], kind: str) -> None:
@@ -138,7 +169,7 @@ def refuse(options: argparse.Namespace, names: Sequence[str], kind: str) -> None
             raise InputError(f"--{name.replace('_', '-')} does nothing with {options.model}, which {kind}")
 
 
-def build_stream(options: argparse.Namespace, model: Recognizer) -> Session:
+def build_stream(options: argparse.Namespace, model: Recognizer, *, trace: bool) -> Session:
     """A session of a model that streams."""
     phrases = None if options.hotwords_file is None else read_phrases(Path(options.hotwords_file))
     if options.hotwords_score is not None and phrases is None:
@@ -150,7 +181,8 @@ def build_stream(options: argparse.Namespace, model: Recognizer) -> Session:
     if search.size == 1 and options.beam_size not in (None, 1):
         raise InputError(f"--beam-size {options.beam_size}: the search of this model has one hypothesis; see --search")
     settings = StreamSettings() if options.silence is None else StreamSettings(silence_s=options.silence)
-    return Session(model, settings=settings, search=search, policy=build_streaming_policy(options, model, search))
+    policy = build_streaming_policy(options, model, search)
+    return Session(model, settings=settings, search=search, policy=policy, trace=trace)
 
 
 def read_phrases(path: Path) -> list[str]:
@@ -162,12 +194,14 @@ def read_phrases(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def build_window(options: argparse.Namespace, model: WindowModel, *, offline: bool) -> Session:
+def build_window(options: argparse.Namespace, model: WindowModel, *, offline: bool, trace: bool) -> Session:
     """A session of a model that reads windows; offline it looks only when an utterance ends."""
     named = {"min_chunk_s": options.min_chunk_size, "max_window_s": options.audio_max_len}
-    given = {name: value for name, value in named.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    if options.history is not None:
+        given = {"max_window_s": model.max_s - 2, **given, "history": text_history(options.history)}
     if offline:
-        for name in ("policy", *SETTINGS, "min_chunk_size"):
+        for name in ("policy", *SETTINGS, "min_chunk_size", "history"):
             if getattr(options, name) not in (None, "alignatt"):
                 raise InputError(
                     f"--{name.replace('_', '-')} does nothing with --offline, which commits at utterance ends"
@@ -175,7 +209,7 @@ def build_window(options: argparse.Namespace, model: WindowModel, *, offline: bo
         given |= {"min_chunk_s": NEVER_S, "pause_s": NEVER_S}
         given.setdefault("max_window_s", model.max_s - 2)
     vad: VoiceActivity = AlwaysSpeech() if options.no_vad else SileroVAD()
-    return Session(model, policy=build_policy(options, model), settings=Settings(**given), vad=vad)
+    return Session(model, policy=build_policy(options, model), settings=Settings(**given), vad=vad, trace=trace)
 
 
 def resolved(options: argparse.Namespace, session: Session) -> str:
@@ -188,6 +222,8 @@ def resolved(options: argparse.Namespace, session: Session) -> str:
     assert isinstance(listener, Windowed)
     settings = listener.settings
     parts = [options.model, options.policy or "alignatt", f"look every {1e3 * settings.min_chunk_s:.0f} ms"]
+    if options.history is not None:
+        parts.append(f"history {options.history}")
     if isinstance(listener.policy, AlignAtt):
         parts.append(f"threshold {1e3 * listener.policy.frame_threshold * frame_s:.0f} ms")
     return ", ".join([*parts, f"window {1e3 * settings.max_window_s:.0f} ms", place])

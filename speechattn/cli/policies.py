@@ -5,24 +5,31 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from speechattn.decoder.attention import Head
 from speechattn.errors import InputError
 from speechattn.live.listener import WindowModel
-from speechattn.live.streaming import THRESHOLD, suited
+from speechattn.live.suited import THRESHOLD, suited
 from speechattn.model import Recognizer
+from speechattn.model.window import WindowRecognizer
 from speechattn.policy import Policy
+from speechattn.policy.adaptive import CTCWaitK, WordCounter
 from speechattn.policy.align_att import AlignAtt
 from speechattn.policy.ed_att import EDAtt
 from speechattn.policy.hold import Hold, WaitK
 from speechattn.policy.local_agreement import LocalAgreement
+from speechattn.policy.monotonic import Stopped
+from speechattn.policy.retranslation import Retranslation
 from speechattn.pretrained.whisper.load import FRAME_THRESHOLD
 from speechattn.search import Search
+from speechattn.search.monotonic import MonotonicBeam
 
 __all__ = ["POLICIES", "SETTINGS", "add_policy_options", "build_policy", "build_streaming_policy"]
 
-SETTINGS = ("frame_threshold", "attn_threshold", "attn_layer", "agreement", "hold_n", "wait_k")
+SETTINGS = ("frame_threshold", "attn_threshold", "attn_layer", "agreement", "hold_n", "wait_k", "mask_k")
+WAIT = 3  # words, of wait-k
 
 
 @dataclass(frozen=True)
@@ -30,21 +37,25 @@ class Looks:
     """What a model offers to a policy.
 
     `usual` is the policy that it has by default, `heads` those that align sound and text, `layer` all of a layer of the
-    decoder, `words` the sizes of words.
+    decoder, `words` the sizes of words. `counter` counts the words that were said, and `stops` says that its monotonic
+    heads stop at frames.
     """
 
     usual: Policy | None
     heads: tuple[Head, ...]
     layer: Callable[[int | None], tuple[Head, ...]]
     words: Callable[[Sequence[int]], list[int]]
+    counter: WordCounter | None
+    stops: bool
 
 
 def align_att(options: argparse.Namespace, looks: Looks) -> Policy | None:
-    """The model's own, or with another threshold."""
+    """The model's own policy, or AlignAtt if it is asked for and that is another, with another threshold."""
     threshold, usual = options.frame_threshold, looks.usual
-    if threshold is None or not isinstance(usual, AlignAtt):
+    if options.policy is None and threshold is None:
         return usual
-    return replace(usual, frame_threshold=threshold)
+    mine = usual if isinstance(usual, AlignAtt) else replace(AlignAtt.fbk(0, 1), heads=looks.heads)
+    return mine if threshold is None else replace(mine, frame_threshold=threshold)
 
 
 def align_att_fbk(options: argparse.Namespace, looks: Looks) -> Policy:
@@ -60,11 +71,31 @@ def ed_att(options: argparse.Namespace, looks: Looks) -> Policy:
     return EDAtt(heads) if options.attn_threshold is None else EDAtt(heads, options.attn_threshold)
 
 
+def wait_k(options: argparse.Namespace, looks: Looks) -> Policy:
+    """Of words by the clock."""
+    return WaitK(WAIT if options.wait_k is None else options.wait_k, looks.words)
+
+
+def ctc_wait_k(options: argparse.Namespace, looks: Looks) -> Policy:
+    """Of words that a CTC head hears."""
+    if looks.counter is None:
+        raise InputError(f"--policy wait-k-ctc: no CTC head of {options.model} hears the words; wait-k counts by time")
+    return CTCWaitK(WAIT if options.wait_k is None else options.wait_k, looks.words, counter=looks.counter)
+
+
+def stopped(options: argparse.Namespace, looks: Looks) -> Policy:
+    """Of heads that stop."""
+    if not looks.stops:
+        raise InputError(f"--policy monotonic: no monotonic heads speak in {options.model}, which could stop")
+    return Stopped()
+
+
 class Choice(NamedTuple):
     """A policy by name: the settings that it has, and how it is made."""
 
     settings: tuple[str, ...]
     make: Callable[[argparse.Namespace, Looks], Policy | None]
+    looks: bool = False  # it needs attention
 
 
 def counted(kind: Callable[..., Policy], name: str) -> Callable[[argparse.Namespace, Looks], Policy]:
@@ -73,13 +104,15 @@ def counted(kind: Callable[..., Policy], name: str) -> Callable[[argparse.Namesp
 
 
 POLICIES = {
-    "alignatt": Choice(("frame_threshold",), align_att),
-    "alignatt-fbk": Choice(("frame_threshold", "attn_layer"), align_att_fbk),
-    "edatt": Choice(("attn_threshold", "attn_layer"), ed_att),
+    "alignatt": Choice(("frame_threshold",), align_att, looks=True),
+    "alignatt-fbk": Choice(("frame_threshold", "attn_layer"), align_att_fbk, looks=True),
+    "edatt": Choice(("attn_threshold", "attn_layer"), ed_att, looks=True),
     "local-agreement": Choice(("agreement",), counted(LocalAgreement, "agreement")),
     "hold-n": Choice(("hold_n",), counted(Hold, "hold_n")),
-    "wait-k": Choice(("wait_k",), lambda options, looks: WaitK(3 if options.wait_k is None else options.wait_k,
-                                                               looks.words)),
+    "wait-k": Choice(("wait_k",), wait_k),
+    "wait-k-ctc": Choice(("wait_k",), ctc_wait_k),
+    "monotonic": Choice((), stopped),
+    "retranslation": Choice(("mask_k",), counted(Retranslation, "mask_k")),
 }  # fmt: skip
 
 
@@ -98,7 +131,12 @@ def add_policy_options(group: Any) -> None:
     group.add_argument("--attn-layer", type=int, metavar="N", help="alignatt-fbk, edatt: the decoder layer to look at")
     group.add_argument("--agreement", type=int, metavar="N", help="local-agreement: drafts that must agree (default 2)")
     group.add_argument("--hold-n", type=int, metavar="N", help="hold-n: tokens that are held back (default 6)")
-    group.add_argument("--wait-k", type=int, metavar="K", help="wait-k: words that are waited for (default 3)")
+    group.add_argument(
+        "--wait-k", type=int, metavar="K", help=f"wait-k, wait-k-ctc: words that are waited for (default {WAIT})"
+    )
+    group.add_argument(
+        "--mask-k", type=int, metavar="K", help="retranslation: the last K tokens are not shown (default 0)"
+    )
 
 
 def chosen(options: argparse.Namespace, looks: Looks) -> Policy | None:
@@ -127,21 +165,28 @@ def build_policy(options: argparse.Namespace, model: WindowModel) -> Policy:
             raise InputError(f"--attn-layer {n}: this model has decoder layers 0 to {layers - 1}")
         return tuple((n, head) for head in range(heads))
 
-    looks = Looks(model.policy(), model.alignment_heads, layer, model.tokenizer.words)
+    words, usual = partial(model.tokenizer.words, spaceless=model.spaceless), model.policy()
+    counter = model.counter if isinstance(model, WindowRecognizer) else None
+    looks = Looks(usual, model.alignment_heads, layer, words, counter, isinstance(usual, Stopped))
     return chosen(options, looks) or model.policy()
 
 
 def build_streaming_policy(options: argparse.Namespace, model: Recognizer, search: Search) -> Policy | None:
     """Of a model that streams; None: the one that the search is used to. InputError for one that it cannot."""
-    if not search.heads:
-        for name in ("policy", *SETTINGS):
-            if getattr(options, name) is not None:
-                said = f"--{name.replace('_', '-')} does nothing with {options.model}, which streams"
-                raise InputError(f"{said}; of its searches, aligned takes one")
+    given = [f"--{name.replace('_', '-')}" for name in ("policy", *SETTINGS) if getattr(options, name) is not None]
+    if not given and not search.heads:
         return None
+    if given and not search.prompt:
+        raise InputError(f"{given[0]} does nothing with {options.model}, whose search lags behind the sound")
     if options.attn_layer is not None:
         raise InputError(f"--attn-layer does nothing with {options.model}, which streams: it gives its alignment heads")
     if options.policy == "alignatt-fbk":
         raise InputError(f"--policy alignatt-fbk is for models that read windows; {options.model} streams: alignatt")
-    looks = Looks(suited(None, search), search.heads, lambda _: search.heads, model.tokenizer.words)
-    return chosen(options, looks)
+    words, stops = partial(model.tokenizer.words, spaceless=model.spaceless), isinstance(search, MonotonicBeam)
+    looks = Looks(suited(None, search), search.heads, lambda _: search.heads, words, model.counter, stops)
+    policy = chosen(options, looks)
+    if POLICIES[options.policy or "alignatt"].looks and not search.heads:
+        raise InputError(
+            f"{given[0]} does nothing with {options.model}: its search gives no attention, as --search aligned would"
+        )
+    return policy

@@ -17,6 +17,7 @@ from speechattn.cli.options import (
     add_backend_option,
     add_model_options,
     add_session_options,
+    add_trace_option,
     build_live_model,
     build_session,
     resolved,
@@ -24,7 +25,9 @@ from speechattn.cli.options import (
 from speechattn.errors import InputError
 from speechattn.live.session import Session
 
-__all__ = ["add_parser", "play"]
+__all__ = ["LIVE", "add_parser", "add_source_options", "choose_display", "play", "show", "source"]
+
+LIVE: dict[str, Callable[[], Display]] = {"live": Terminal, "text": Plain, "jsonl": JsonLines}
 
 
 def add_parser(commands: Any) -> None:
@@ -34,28 +37,42 @@ def add_parser(commands: Any) -> None:
         "source", nargs="?", default="mic", metavar="FILE|-|mic",
         help="a recording (at speaking speed), raw s16le samples on standard input, or the microphone (default)",
     )  # fmt: skip
-    parser.add_argument(
-        "--format", default=None, choices=("live", "text", "jsonl"), help="default live in a terminal, else text"
-    )
+    parser.add_argument("--format", default=None, choices=tuple(LIVE), help="default live in a terminal, else text")
     parser.add_argument("--fast", action="store_true", help="a recording as fast as it goes")
+    add_source_options(parser)
+    add_model_options(parser)
+    add_backend_option(parser)
+    add_session_options(parser)
+    add_trace_option(parser)
+    parser.set_defaults(run=run, task="transcribe")
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """What standard input and the microphone give."""
     parser.add_argument(
         "--rate", type=int, help="samples per second on standard input or of the microphone (default 16000)"
     )
     parser.add_argument("--channels", type=int, help="channels on standard input (default 1)")
     parser.add_argument("--input-device", help="microphone by number or name (see speechattn doctor)")
-    add_model_options(parser)
-    add_backend_option(parser)
-    add_session_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Listen until the source ends; Ctrl-C ends a microphone, and interrupts a file."""
-    rate, blocks = source(options)
+    """At speaking speed, if that of a recording is not to be `--fast`."""
+    if options.fast and options.source in ("-", "mic"):
+        raise InputError(f"--fast does not go with {options.source}: it belongs to files")
+    rate, blocks = source(options, options.source)
     display = choose_display(options.format)
-    session = build_session(options, build_live_model(options))
+    session = build_session(options, build_live_model(options), trace=options.trace)
+    return show(options, session, display, rate, blocks, paced=not options.fast)
+
+
+def show(
+    options: argparse.Namespace, session: Session, display: Display, rate: int, blocks: Iterator[Samples], *,
+    paced: bool,
+) -> int:  # fmt: skip
+    """Listen until the source ends; Ctrl-C ends a microphone, and interrupts a file. Only a file can be `paced`."""
     print(f"speechattn: {resolved(options, session)}", file=sys.stderr)
-    paced = options.source not in ("-", "mic") and not options.fast
+    paced = paced and options.source not in ("-", "mic")
     try:
         play(session, blocks, rate, display, paced=paced)
     except KeyboardInterrupt:
@@ -65,14 +82,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def source(options: argparse.Namespace) -> tuple[int, Iterator[Samples]]:
-    """Rate and blocks of what the options name; InputError for options that belong to another source."""
-    kind = options.source if options.source in ("-", "mic") else "a file"
-    for name, kinds in (("rate", ("-", "mic")), ("channels", ("-",)), ("input_device", ("mic",))):
-        if getattr(options, name) is not None and kind not in kinds:
-            raise InputError(f"--{name.replace('_', '-')} does not go with {kind}: it belongs to {' and '.join(kinds)}")
-    if options.fast and kind != "a file":
-        raise InputError(f"--fast does not go with {kind}: it belongs to files")
+def source(options: argparse.Namespace, name: str) -> tuple[int, Iterator[Samples]]:
+    """Rate and blocks of a file, of standard input (-) or of the microphone (mic).
+
+    InputError for options that belong to another source.
+    """
+    kind = name if name in ("-", "mic") else "a file"
+    for option, kinds in (("rate", ("-", "mic")), ("channels", ("-",)), ("input_device", ("mic",))):
+        if getattr(options, option) is not None and kind not in kinds:
+            said = f"--{option.replace('_', '-')} does not go with {kind}"
+            raise InputError(f"{said}: it belongs to {' and '.join(kinds)}")
     rate = 16000 if options.rate is None else options.rate
     channels = 1 if options.channels is None else options.channels
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
@@ -84,15 +103,13 @@ def source(options: argparse.Namespace) -> tuple[int, Iterator[Samples]]:
         return rate, listen(rate, int(device) if device and device.isdigit() else device)
     if kind == "-":
         return rate, read_pcm(sys.stdin.buffer, rate, channels)
-    recording = open_recording(Path(options.source))
+    recording = open_recording(Path(name))
     return recording.rate, recording.blocks()
 
 
 def choose_display(name: str | None) -> Display:
     """Two colours in a terminal, plain text in a pipe, or events as JSON."""
-    name = name or ("live" if sys.stdout.isatty() else "text")
-    kinds: dict[str, Callable[[], Display]] = {"live": Terminal, "text": Plain, "jsonl": JsonLines}
-    return kinds[name]()
+    return LIVE[name or ("live" if sys.stdout.isatty() else "text")]()
 
 
 def play(session: Session, blocks: Iterator[Samples], rate: int, display: Display, *, paced: bool) -> None:

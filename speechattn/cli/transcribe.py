@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from speechattn.audio.read import Recording, open_recording
+from speechattn.audio.read import open_recording
+from speechattn.audio.resample import Samples
+from speechattn.cli.display import Written
 from speechattn.cli.options import (
     add_backend_option,
     add_model_options,
     add_session_options,
+    add_trace_option,
     build_live_model,
     build_session,
     folder,
 )  # fmt: skip
+from speechattn.cli.stream import play
 from speechattn.errors import InputError
-from speechattn.live.events import Event
-from speechattn.live.formats import FORMATS, segments
+from speechattn.live.formats import FORMATS
 from speechattn.live.session import Session
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "places", "recorded", "write_all"]
 
 
 def add_parser(commands: Any) -> None:
@@ -36,41 +40,53 @@ def add_parser(commands: Any) -> None:
     add_model_options(parser)
     add_backend_option(parser)
     add_session_options(parser)
-    parser.set_defaults(run=run)
+    add_trace_option(parser)
+    parser.set_defaults(run=run, task="transcribe")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Each file in turn; one that cannot be read does not stop the others, but the exit code is 2."""
-    place = folder(options.output_dir) if options.output_dir else None
-    stems = [Path(name).stem for name in options.files]
+    """Each file in turn."""
+    paths = places(options.files, options.format, options.output_dir)
+    model = build_live_model(options)
+
+    def begin() -> Session:
+        return build_session(options, model, offline=options.offline, trace=options.trace)
+
+    return write_all(options.files, options.format, paths, begin, recorded)
+
+
+def places(names: list[str], kind: str, into: str | None) -> list[Path | None]:
+    """Where each transcript goes; InputError where two would go into one file."""
+    place, stems = folder(into) if into else None, [Path(name).stem for name in names]
     if place and len(set(stems)) < len(stems):
         raise InputError("two files have the same name, and one transcript would overwrite the other")
-    model = build_live_model(options)
+    return [place / f"{stem}.{kind}" if place else None for stem in stems]
+
+
+def write_all(
+    names: list[str], kind: str, paths: list[Path | None], begin: Callable[[], Session],
+    opened: Callable[[str], tuple[int, Iterator[Samples]]],
+) -> int:  # fmt: skip
+    """Each source in turn as text; one that cannot be read does not stop the others, but the exit code is 2.
+
+    What is damaged at the end still leaves what was before it, and so does an interrupt; a microphone ends so.
+    """
     failed = []
-    for name in options.files:
-        events: list[Event] = []
-        interrupted = False
+    for name, path in zip(names, paths, strict=True):
+        display, interrupted = Written(kind, name, path), False
         try:
-            recording = open_recording(Path(name))
-            session = build_session(options, model, offline=options.offline)
-            session.on_event = events.append
-            listen(session, recording)
+            rate, blocks = opened(name)
+            play(begin(), blocks, rate, display, paced=False)
         except InputError as error:
             failed.append(str(error))
         except KeyboardInterrupt:
             interrupted = True
-            failed.append(f"{name}: interrupted; what was committed until then is written")
-        if events:
-            try:
-                write(options.format, events, place / f"{Path(name).stem}.{options.format}" if place else None)
-            except InputError as error:  # the other files may still be written
-                failed.append(str(error))
-        for event in events:
-            if event.kind == "withheld":
-                print(
-                    f"speechattn: {name}: withheld a loop at {event.audio_s:.1f} s: {event.withheld[:80]}",
-                    file=sys.stderr,
-                )
+            if name != "mic":
+                failed.append(f"{name}: interrupted; what was committed until then is written")
+        try:
+            display.write()
+        except InputError as error:  # the other files may still be written
+            failed.append(str(error))
         if interrupted:
             break
     for message in failed:
@@ -78,31 +94,18 @@ def run(options: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def listen(session: Session, recording: Recording) -> None:
-    """Feed the recording, with a bar; what is damaged at the end still leaves what was before it."""
-    bar = tqdm(
-        total=round(recording.duration_s, 1), unit="s", desc=recording.path.name,
-        disable=not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]",
-    )  # fmt: skip
-    try:
+def recorded(name: str) -> tuple[int, Iterator[Samples]]:
+    """Rate and blocks of a recording, with a bar."""
+    recording = open_recording(Path(name))
+
+    def blocks() -> Iterator[Samples]:
+        bar = tqdm(
+            total=round(recording.duration_s, 1), unit="s", desc=recording.path.name,
+            disable=not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]",
+        )  # fmt: skip
         with bar:
             for block in recording.blocks():
-                session.feed(block, recording.rate)
+                yield block
                 bar.update(len(block) / recording.rate)
-    except InputError:
-        session.finish()
-        raise
-    session.finish()
 
-
-def write(name: str, events: list[Event], path: Path | None) -> None:
-    """Write the transcript; where the disk refuses, print it, so that it is not lost, and say so."""
-    text = FORMATS[name](segments(events))
-    if path is None:
-        print(text, end="")
-        return
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        print(text, end="")
-        raise InputError(f"{path}: {error.strerror or error}; the transcript was printed instead") from error
+    return recording.rate, blocks()

@@ -30,14 +30,15 @@ def segments(events: Iterable[Event]) -> list[Segment]:
 
     def close() -> None:
         if line:
-            text = "".join(word.text for word in line).strip()
-            done.append(Segment(line[0].start, max(word.end for word in line), text, tuple(line)))
+            text, start = "".join(word.text for word in line).strip(), min(word.start for word in line)
+            start = max(start, done[-1].start) if done else start  # words of a translation may look back
+            done.append(Segment(start, max(start, *(word.end for word in line)), text, tuple(line)))
             line.clear()
 
     for event in events:
         for word in event.words:
             long = line and (
-                word.end - line[0].start > LONGEST_S
+                word.end - min(one.start for one in line) > LONGEST_S
                 or sum(len(w.text) for w in line) + len(word.text) > LONGEST_CHARACTERS
             )
             if long and word.text.startswith(" "):

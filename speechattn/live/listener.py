@@ -15,7 +15,7 @@ from torch import Tensor
 from speechattn.audio.resample import Samples
 from speechattn.decoder.attention import Head
 from speechattn.frames import Frames, Memory
-from speechattn.live.events import Word
+from speechattn.live.events import Trace, Word
 from speechattn.policy import Policy
 from speechattn.search import Draft, Search
 from speechattn.stream import Stream
@@ -87,6 +87,7 @@ class WindowModel(Model, Protocol):
     max_s: float  # the longest piece of sound it can encode
     alignment_heads: tuple[Head, ...]
     decoder_size: tuple[int, int]  # layers, heads in each
+    translates: bool  # its words do not stand in the order of the sound
 
     @property
     def front_end(self) -> Stream:
@@ -110,6 +111,7 @@ class Decision:
     unstable: str = ""
     withheld: str = ""
     final: bool = False
+    trace: Trace | None = None
 
 
 class Listener(Protocol):

@@ -28,7 +28,7 @@ class Pool:
 
     def __init__(
         self, model: StreamModel, slots: int, *, search: Search | None = None, settings: StreamSettings | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        trace: bool = False, clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         if slots < 1:
             raise InputError(f"a pool of {slots} slots: at least 1")
@@ -38,7 +38,7 @@ class Pool:
             raise InputError(
                 "a pool needs a model that streams; one that reads windows listens in a Session of its own"
             )
-        self.model, self.slots, self.settings, self.clock = model, slots, settings, clock
+        self.model, self.slots, self.settings, self.trace, self.clock = model, slots, settings, trace, clock
         self.search = search or model.search()
         self.sessions: dict[int, Session] = {}
         self.opened = 0
@@ -51,7 +51,8 @@ class Pool:
         if len(self.sessions) == self.slots:
             raise InputError(f"all {self.slots} slots are taken; close one first")
         session = Session(
-            self.model, settings=self.settings, search=self.search, on_event=on_event, clock=self.clock
+            self.model, settings=self.settings, search=self.search, trace=self.trace, on_event=on_event,
+            clock=self.clock,
         )  # fmt: skip
         if phrases:
             session.prefer(phrases)

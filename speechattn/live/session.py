@@ -31,6 +31,7 @@ __all__ = ["Session", "listener"]
 def listener(
     model: StreamModel | WindowModel, *, policy: Policy | None = None,
     settings: Settings | StreamSettings | None = None, vad: VoiceActivity | None = None, search: Search | None = None,
+    trace: bool = False,
 ) -> Listener:  # fmt: skip
     """Who listens with this kind of model; InputError for what the kind cannot honour.
 
@@ -43,10 +44,10 @@ def listener(
             raise InputError("this model hears by itself where nobody speaks: it takes no voice detection")
         if isinstance(settings, Settings):
             raise InputError("this model reads no windows: its settings are StreamSettings")
-        return Streaming(model, policy=policy, settings=settings, search=search)
+        return Streaming(model, policy=policy, settings=settings, search=search, trace=trace)
     if search is not None or isinstance(settings, StreamSettings):
         raise InputError("this model reads windows of sound: it takes Settings, and no search of a stream")
-    return Windowed(model, policy=policy, settings=settings, vad=vad)
+    return Windowed(model, policy=policy, settings=settings, vad=vad, trace=trace)
 
 
 def choose_backend(model: StreamModel | WindowModel, name: str) -> None:
@@ -77,7 +78,8 @@ class Session:
     Laws: committed text only grows; the events do not depend on how the sound was cut into pieces; memory and the
     time of a step are bounded, however long the stream is; `finish` commits everything that is not a loop.
 
-    What else is given (`policy`, `settings`, `vad`, `search`) goes to the `listener` that the model needs. With
+    What else is given (`policy`, `settings`, `vad`, `search`) goes to the `listener` that the model needs. With `trace`
+    every step that has a draft is an event, and says why it committed no more; the text is the same. With
     `backend` all attention in the model computes by it from now on, for this session and for all others that share the
     model (see `set_backend`); InputError for one that cannot.
     `on_event` is called with every event. As a context manager a session finishes when the block ends without an
@@ -87,13 +89,13 @@ class Session:
     def __init__(
         self, model: StreamModel | WindowModel, *, policy: Policy | None = None,
         settings: Settings | StreamSettings | None = None, vad: VoiceActivity | None = None,
-        search: Search | None = None, backend: str | None = None, on_event: Callable[[Event], None] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        search: Search | None = None, backend: str | None = None, trace: bool = False,
+        on_event: Callable[[Event], None] | None = None, clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         if backend is not None:
             choose_backend(model, backend)
         self.model = model
-        self.listener = listener(model, policy=policy, settings=settings, vad=vad, search=search)
+        self.listener = listener(model, policy=policy, settings=settings, vad=vad, search=search, trace=trace)
         self.on_event, self.clock, self.began = on_event, clock, clock()
         self.resampler: Resampler | None = None
         self.ready_s = 0.0  # when the last step would have ended at speaking speed
@@ -181,8 +183,9 @@ class Session:
         self.fresh = self.fresh or decision.final
         text = "".join(word.text for word in words)
         events = []
-        if text or decision.unstable or decision.final:
-            events.append(Event("text", text, decision.unstable, words, self.audio_s, final=decision.final))
+        if text or decision.unstable or decision.final or decision.trace:
+            said = Event("text", text, decision.unstable, words, self.audio_s, decision.final, trace=decision.trace)
+            events.append(said)
         if decision.withheld:
             events.append(Event("withheld", "", "", (), self.audio_s, withheld=decision.withheld))
         wall_s = self.clock() - self.began

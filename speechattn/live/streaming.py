@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil, exp
 
 import numpy as np
@@ -15,21 +16,22 @@ from speechattn.audio.resample import Samples
 from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.live.endings import Glimpse, Limits, StreamSettings
-from speechattn.live.events import Word
+from speechattn.live.events import Trace, Word
+from speechattn.live.heard import SourceWords, nothing_said, room_left, shown
 from speechattn.live.listener import Decision, StreamModel
 from speechattn.live.report import Report
 from speechattn.live.rows import Place, Row, Rows, joined
+from speechattn.live.suited import suited
 from speechattn.policy import Policy, Source
-from speechattn.policy.align_att import AlignAtt
+from speechattn.policy.retranslation import Retranslation
 from speechattn.search import Beam, Draft, Hypothesis, Search
 from speechattn.text.pieces import spelled
 
 __all__ = ["Streaming", "listen"]
 
 NOTHING = Hypothesis((), 0.0, (), ())
-# Frames of 20 ms. On 100 clips of the dev part of FOTAQ (chunks of 640 ms, `silence_s` 0.8) 8, 12, 16, 20 and 24 gave
-# 16.5, 15.3, 14.1, 14.0 and 13.5 % of wrong words, and a mean lag of 0.54, 0.56, 0.59, 0.63 and 0.68 s.
-THRESHOLD = 16
+DISAGREE, OVER = "hypotheses disagree on it", "it belongs to the next utterance"  # why words wait
+INCOMPLETE, FEW = "incomplete word", "too little was heard"
 # Attention says something of any sound ("you" of silence), so some frames must have been heard before it may: in six
 # minutes of silence and music utterances had 1 or 2 such frames, in 60 clips of speech 2 (one), 3 (one), 5 or more.
 HEARD = 3
@@ -40,14 +42,15 @@ class Streaming:
 
     def __init__(
         self, model: StreamModel, *, policy: Policy | None = None, settings: StreamSettings | None = None,
-        search: Search | None = None,
+        search: Search | None = None, trace: bool = False,
     ) -> None:  # fmt: skip
-        self.search = search or model.search()
+        self.search, self.trace = search or model.search(), trace
         self.model, self.policy = model, suited(policy, self.search)
         self.settings, self.least = settings or StreamSettings(), HEARD if self.search.heads else 1
         self.frame_s = model.frame_s  # which takes a while to work out
         self.limits = Limits.of(self.settings, self.frame_s)
-        self.state = None if self.policy is None else self.policy.initial()
+        self.state, self.words = None if self.policy is None else self.policy.initial(), SourceWords(self.policy)
+        self.patient = isinstance(self.policy, Retranslation) or (self.search.reorders and self.policy is not None)
         plan = model.listening.plan()
         if plan.block is None:
             raise InputError("the encoder of this model needs the whole utterance: it cannot listen live")
@@ -55,6 +58,7 @@ class Streaming:
         self.waiting: Samples = np.zeros(0, np.float32)
         self.silent = 0  # invalid samples at the end of what waits
         self.heard = self.first = 0  # samples; tokens that were committed
+        self.begun = 0  # frames of the stream before the search began
         self.tail = ""
         self.place: Place | None = None
         self.root: int | None = None
@@ -142,36 +146,61 @@ class Streaming:
         self.first += len(best.tokens)
         before, self.tail = self.tail, ""
         self.state = None if self.policy is None else self.policy.initial()
-        return Decision(words, final=True) if words or spoke or before else None
+        self.words.anew()
+        n = len(best.tokens)
+        return Decision(words, final=True, trace=self._traced(best, n)) if words or spoke or before else None
 
-    def safe(self, best: Hypothesis, agreed: int, glimpse: Glimpse, draft: Draft | None = None) -> int:
-        """Tokens of the best hypothesis that may be committed now: whole words.
+    def safe(
+        self, best: Hypothesis, agreed: int, glimpse: Glimpse, draft: Draft | None = None, ahead: Sequence[int] = ()
+    ) -> tuple[int, str]:
+        """Tokens of the best hypothesis that may be committed now, whole words; and for a trace why the next waits.
 
-        Without a policy those that are `agreed` upon; else what it says of the same as a `draft`.
+        Without a policy those that are `agreed` upon; else what it says of the same as a `draft`, with labels `ahead`.
         """
-        frames, paused = glimpse.frames, glimpse.quiet >= self.limits.pause and self.search.prompt
+        frames, paused, n = glimpse.frames, glimpse.quiet >= self.limits.pause and self.search.prompt, len(best.tokens)
+        paused = paused and not self.search.reorders  # what follows the pause may change what is said before it
+        why = always(DISAGREE)
         if self.policy is not None:
             assert draft is not None
-            source = Source(frames, self.frame_s, finished=False, paused=paused)
-            agreed, self.state = self.policy.accept(replace(draft, first=self.first), source, self.state)
-        old = (i for i, (_, end) in enumerate(best.spans) if end > frames - self.limits.patience)
-        agreed = max(agreed, next(old, len(best.tokens)))
+            draft, before = replace(draft, first=self.first), self.state
+            source = Source(frames - self.begun, self.frame_s, False, paused, self.words.count(ahead))
+            agreed, self.state = self.policy.accept(draft, source, before)
+            why = partial(self.policy.why, draft, source, before)
+        if not self.patient:
+            old = (i for i, (_, end) in enumerate(best.spans) if end > frames - self.limits.patience)
+            agreed = max(agreed, next(old, n))
         if glimpse.end is not None:  # what comes then belongs to another utterance
-            agreed = min(agreed, next((i for i, (a, _) in enumerate(best.spans) if a >= glimpse.end), agreed))
-        if paused and agreed == len(best.tokens):
-            return agreed
-        ahead = self.policy is not None and bool(self.policy.heads)  # the next token, where it looks, ends a word
-        shown = best.tokens[: agreed + ahead]
-        sizes = self.model.tokenizer.words(shown, spaceless=self.model.spaceless)
-        return len(shown) - (sizes[-1] if sizes else 0)
+            over = next((i for i, (a, _) in enumerate(best.spans) if a >= glimpse.end), n)
+            agreed, why = (over, always(OVER)) if over < agreed else (agreed, why)
+        if paused and agreed == n:
+            return agreed, ""
+        more = self.policy is not None and bool(self.policy.heads)  # the next token, where it looks, ends a word
+        read = best.tokens[: agreed + more]
+        sizes = self._sizes(read)
+        whole = len(read) - (sizes[-1] if sizes else 0)
+        if not self.trace or whole == n:
+            return whole, ""
+        reason = why(agreed) if agreed < n else ""
+        return whole, reason if reason and (whole == agreed or more) else ": ".join(filter(None, [INCOMPLETE, reason]))
 
-    def decide(self, best: Hypothesis, n: int) -> Decision | None:
-        """The first `n` tokens are committed; None where there is nothing new to say."""
-        words = self._words(best, n)
+    def decide(self, best: Hypothesis, n: int, why: str = "") -> Decision | None:
+        """The first `n` tokens are committed; None where there is nothing new to say, and no trace of a draft."""
+        words, trace = self._words(best, n), self._traced(best, n, why)
         self.first += n
-        tail = best.tokens[n:]
+        tail = shown(self.policy, best.tokens[n:], self._sizes)
         before, self.tail = self.tail, self._text(tail) if tail else ""
-        return Decision(words, self.tail) if words or self.tail != before else None
+        return Decision(words, self.tail, trace=trace) if words or self.tail != before or trace else None
+
+    def _traced(self, best: Hypothesis, n: int, why: str = "") -> Trace | None:
+        """What became of a draft, if anybody asks and there was one."""
+        if not self.trace or not best.tokens:
+            return None
+        sizes = self._sizes(best.tokens[n:])
+        at = self._text(best.tokens[n : n + sizes[0]]) if sizes else ""
+        return Trace(self._text(best.tokens), len(best.tokens), n, at, why if sizes else "")
+
+    def _sizes(self, tokens: Sequence[int]) -> list[int]:
+        return self.model.tokenizer.words(tokens, spaceless=self.model.spaceless)
 
     def _text(self, tokens: Sequence[int]) -> str:
         text = self.model.tokenizer.decode(tokens)
@@ -180,12 +209,12 @@ class Streaming:
     def _words(self, best: Hypothesis, n: int) -> tuple[Word, ...]:
         """The words of the first `n` tokens, with times and confidence."""
         words, at, step = [], 0, self.frame_s
-        for size in self.model.tokenizer.words(best.tokens[:n], spaceless=self.model.spaceless):
+        for size in self._sizes(best.tokens[:n]):
             part = slice(at, at + size)
-            first, last = best.spans[at][0], max(end for _, end in best.spans[part])
+            first, last = min(begin for begin, _ in best.spans[part]), max(end for _, end in best.spans[part])
             at += size
             end = min(last * step, self.heard / self.model.sample_rate)  # the last frame may reach beyond the sound
-            start = min(max(first * step, self.until), end)
+            start = min(first * step if self.search.reorders else max(first * step, self.until), end)
             self.until = max(self.until, end)
             if text := self._text(best.tokens[part]):  # else it is a mark of a word that did not come
                 words.append(Word(text, start, end, exp(sum(best.log_probs[part]))))
@@ -235,24 +264,26 @@ def search_on(
 
     Where an utterance ends between them it begins anew.
     """
-    search, beam = listeners[0].search, row.beam
+    model, search, beam = listeners[0].model, listeners[0].search, row.beam
     counts = torch.stack([row.quiet, row.since, row.spoke], 1).tolist()
-    nothing, valid = listeners[0].model.blank(frames).tolist(), frames.mask.tolist()
+    nothing, valid = nothing_said(model, search, frames), frames.mask.tolist()
     ahead = frames[:0] if ahead is None or not search.peeks else ahead
-    silent, there = listeners[0].model.blank(ahead).tolist(), ahead.mask.tolist()
+    silent, there = nothing_said(model, search, ahead), ahead.mask.tolist()
+    labels, more = (listeners[0].words.labels(x) for x in (frames, ahead))
     at, stop = [0] * len(listeners), [0] * len(listeners)
     over = fresh = [True] * len(listeners)
     while any(over):
         over = []
         for i, one in enumerate(listeners):
             stop[i], end = one.limits.until_end(nothing[i], valid[i], at[i], counts[i])
+            one.words.hear(labels[i][at[i] : stop[i]])
             over.append(end)
         sees = torch.tensor([new and not end for new, end in zip(fresh, over, strict=True)], device=ahead.mask.device)
         beam = search.peek(between(frames, at, stop), Frames.of(ahead.values, ahead.mask & sees[:, None]), beam)
         at, fresh = list(stop), over
         if any(over):
             beam = restarted(listeners, frames, beam, over, counts, decisions)
-    best, room = answers(search, beam), search.room(beam).tolist()
+    best, room = answers(search, beam), room_left(search, beam, [one.limits for one in listeners])
     glimpses = [
         one.limits.glimpse(*each)
         for one, *each in zip(listeners, beam.frames.tolist(), silent, there, counts, strict=True)
@@ -263,28 +294,19 @@ def search_on(
     n = []
     for i, one in enumerate(listeners):
         best[i] = best[i] if glimpses[i].spoke >= one.least else NOTHING
-        n.append(one.safe(best[i], agreed[i], glimpses[i], drafts[i]) if counts[i][2] >= one.least else 0)
-        decision = one.decide(best[i], n[i])
+        enough = counts[i][2] >= one.least
+        safe, why = one.safe(best[i], agreed[i], glimpses[i], drafts[i], more[i]) if enough else (0, FEW)
+        n.append(safe)
+        decision = one.decide(best[i], safe, why)
         decisions[i] += [] if decision is None else [decision]
         counts[i][1] = max(counts[i][1], one.limits.weary(room[i]))
     quiet, since, spoke = torch.tensor(counts, device=frames.mask.device).unbind(1)
     return Row(row.stream, search.commit(beam, torch.tensor(n, device=quiet.device)), quiet, since, spoke)
 
 
-def suited(policy: Policy | None, search: Search) -> Policy | None:
-    """The policy, or AlignAtt where nobody gives one to a search that tells where it looks; InputError."""
-    if policy is None:
-        return AlignAtt.whisper(search.heads, THRESHOLD) if search.heads else None
-    if missing := [head for head in policy.heads if head not in search.heads]:
-        name, gives = type(policy).__name__, list(search.heads)
-        if not gives:
-            raise InputError(f"{name} looks at attention, which the search of this model does not give")
-        raise InputError(
-            f"{name} looks at attention of heads {missing}, which {type(search).__name__} gives only heads {gives}"
-        )
-    if not search.prompt:
-        raise InputError(f"{type(search).__name__} lags behind the sound: it takes no policy")
-    return policy
+def always(reason: str) -> Callable[[int], str]:
+    """The same for every token."""
+    return lambda _: reason
 
 
 def answers(search: Search, beam: Beam) -> list[Hypothesis]:
@@ -306,10 +328,11 @@ def restarted(
 ) -> Beam:  # fmt: skip
     """Rows whose utterance is over say all of it, and their search begins anew."""
     search, rows = listeners[0].search, [i for i, end in enumerate(over) if end]
-    spoke = [i for i in rows if counts[i][2] >= listeners[i].least]
+    spoke, heard = [i for i in rows if counts[i][2] >= listeners[i].least], beam.frames.tolist()
     best = dict(zip(spoke, answers(search, search.finish(tree.select(beam, spoke))), strict=True)) if spoke else {}
     for i in rows:
         decision = listeners[i].closing(best.get(i, NOTHING), i in best)
+        listeners[i].begun = heard[i]
         decisions[i] += [] if decision is None else [decision]
         counts[i][1:] = 0, 0
     fresh: Beam = tree.where(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from math import ceil, exp
 from typing import Any
 
@@ -12,12 +14,15 @@ import torch
 
 from speechattn.audio.hearing import Hearing
 from speechattn.audio.resample import Samples
-from speechattn.live.events import Word
+from speechattn.live.events import Trace, Word
+from speechattn.live.heard import SourceWords, shown
 from speechattn.live.listener import Decision, WindowModel
 from speechattn.live.timing import token_spans
 from speechattn.policy import Policy, Source
-from speechattn.policy.align_att import focus
+from speechattn.policy.align_att import AlignAtt, focus
+from speechattn.policy.stream_att import TextHistory, earliest, kept
 from speechattn.search import Draft
+from speechattn.search.looks import apart
 from speechattn.search.loops import loop_start
 
 __all__ = ["Utterance"]
@@ -27,26 +32,39 @@ FOCUS_SHARE = 0.25  # a token is said while its attention is above this share of
 LEAST_CUT_S = 1.0  # forgetting less is not worth it
 FULL_SPARE_S = 2.0  # the newest sound of a full window may hold half a word
 MARGIN_S = 0.1  # sound kept before the first word that is kept
+LOOP, CUT = "a loop begins here", "incomplete word: the draft was cut inside it"
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A committed word: its tokens, and the first encoder frame of the window that it looked at."""
+    """A committed word: its tokens, its text, and the first encoder frame of the window that it looked at."""
 
     tokens: tuple[int, ...]
+    text: str
     frame: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """The last look at a window: the draft, the committed tokens before it, and how many were `done` with it."""
+
+    draft: Draft
+    before: int
+    done: int
 
 
 class Utterance:
     """A window of sound, re-encoded at every look, and the committed words that it still covers.
 
-    `start` is the sample at which the window begins, `first` the tokens that were committed before it.
+    `start` is the sample at which the window begins, `first` the tokens that were committed before it. With `trace`
+    decisions say why they committed no more.
     """
 
     def __init__(
-        self, model: WindowModel, policy: Policy, *, start: int, first: int, context: Sequence[int] = ()
-    ) -> None:
-        self.model, self.policy, self.start, self.first = model, policy, start, first
+        self, model: WindowModel, policy: Policy, *, start: int, first: int, context: Sequence[int] = (),
+        trace: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.policy, self.start, self.first, self.trace = model, policy, start, first, trace
         self.context = list(context)
         self.heads = tuple(dict.fromkeys([*model.alignment_heads, *policy.heads]))
         self.state: Any = policy.initial()
@@ -54,6 +72,9 @@ class Utterance:
         self.size = 0  # samples
         self.words: list[Committed] = []
         self.tail: list[int] = []
+        self.forgotten = 0  # frames, since the state of the policy began
+        self.heard = SourceWords(policy)
+        self.last: Look | None = None
 
     def add(self, samples: Samples) -> None:
         """More sound at the end."""
@@ -85,28 +106,48 @@ class Utterance:
             memory, self.tokens, guess=self.tail, context=self.context, heads=self.heads, frames=frames,
             max_tokens=TOKENS_AT_LEAST + ceil(TOKENS_PER_S * self.seconds), first=self.first,
         )  # fmt: skip
-        safe, self.state = self.policy.accept(draft, Source(frames, self.model.frame_s, finished, paused), self.state)
+        paused = paused and not self.model.translates
+        heard, before = self.heard.window(memory.frames), self.state
+        source = Source(self.forgotten + frames, self.model.frame_s, finished, paused, heard)
+        safe, self.state = self.policy.accept(draft, source, before)
         tokens = draft.tokens.tolist()
         loop = loop_start([*self.tokens, *tokens])
         sane = len(tokens) if loop is None else max(0, loop - len(self.tokens))
         sizes = self.model.tokenizer.words(tokens, spaceless=self.model.spaceless)
-        if sizes and not (draft.ended or finished):
-            sizes.pop()  # the draft was cut inside its last word
-        spans = self._spans(draft) if tokens else []
+        whole = sizes if draft.ended or finished else sizes[:-1]  # else it was cut inside its last word
+        spans, limit = self._spans(draft) if tokens else [], safe
         if full:
             end = frames - round(FULL_SPARE_S / self.model.frame_s)
-            safe = max(safe, next((i for i, span in enumerate(spans) if span[1] > end), len(tokens)))
-        words = self._words(draft, tokens, sizes, spans, min(safe, sane))
+            limit = max(safe, next((i for i, span in enumerate(spans) if span[1] > end), len(tokens)))
+        words = self._words(draft, tokens, whole, spans, min(limit, sane))
         done = sum(len(word.tokens) for word, _ in words)
+        self.last = Look(draft, len(self.tokens), done)
         self.tail = tokens[done:sane]
         self.words += [word for word, _ in words]
         self.first += done
+        why = partial(self.policy.why, draft, source, before) if safe < len(tokens) else None
+        trace = self._traced(tokens, sizes, done, sane, safe, why) if self.trace and tokens else None
         if full:
-            self._restart(spans[done - 1][1] if done else frames - round(FULL_SPARE_S / self.model.frame_s))
+            ends = [end for _, end in spans[:done]]
+            self._restart(max(ends) if ends else frames - round(FULL_SPARE_S / self.model.frame_s))
         decode = self.model.tokenizer.decode
-        unstable = "" if finished else decode(self.tail)
+        sized = partial(self.model.tokenizer.words, spaceless=self.model.spaceless)
+        unstable = "" if finished else decode(shown(self.policy, self.tail, sized))
         withheld = decode(tokens[done:]) if finished else decode(tokens[sane:]) if full else ""
-        return Decision(tuple(word for _, word in words), unstable, withheld)
+        return Decision(tuple(word for _, word in words), unstable, withheld, trace=trace)
+
+    def _traced(
+        self, tokens: list[int], sizes: list[int], done: int, sane: int, safe: int, why: Callable[[int], str] | None
+    ) -> Trace:  # fmt: skip
+        """Why the word behind the first `done` tokens waits: by the policy, in a loop, or because it may go on."""
+        decode = self.model.tokenizer.decode
+        if done == len(tokens):
+            return Trace(decode(tokens), len(tokens), done)
+        end = next(end for end in accumulate(sizes) if end > done)
+        reason = why(max(safe, done)) if why is not None and safe < end else ""
+        if not reason:
+            reason = LOOP if sane < end else CUT
+        return Trace(decode(tokens), len(tokens), done, decode(tokens[done:end]), reason)
 
     def _words(
         self, draft: Draft, tokens: list[int], sizes: list[int], spans: list[tuple[int, int]], most: int
@@ -116,24 +157,29 @@ class Utterance:
         words, at = [], 0
         for n in whole:
             text = self.model.tokenizer.decode(tokens[at : at + n])
-            begin, end = spans[at][0], max(end for _, end in spans[at : at + n])
+            begin, end = min(begin for begin, _ in spans[at : at + n]), max(end for _, end in spans[at : at + n])
             confidence = exp(float(draft.log_probs[at : at + n].sum()))
             offset = self.start / self.model.sample_rate
             step = self.model.frame_s
             words.append((
-                Committed(tuple(tokens[at : at + n]), begin),
+                Committed(tuple(tokens[at : at + n]), text, begin),
                 Word(text, offset + begin * step, offset + end * step, confidence),
             ))  # fmt: skip
             at += n
         return words
 
     def _spans(self, draft: Draft) -> list[tuple[int, int]]:
-        """First and last-plus-one frame of each token of the draft, narrowed to where it really looked."""
+        """First and last-plus-one frame of each token of the draft, narrowed to where it really looked.
+
+        What is recognised stands in the order of the sound; a translation may look back.
+        """
         rows = [*self.tokens, *draft.tokens.tolist(), -1]  # the look behind the last token takes the silence there
         weights = torch.cat([draft.weights, draft.weights[:, -1:]], 1)
         every = replace(draft, tokens=torch.tensor(rows), weights=weights)
         where = focus(every, self.model.alignment_heads, drop_last=0, normalise=True, median=7).numpy()
         first = len(self.tokens)
+        if self.model.translates:
+            return apart(where[first:])
         spans, where = token_spans(where)[first:-1], where[first:-1]
         narrowed = []
         for row, (begin, end) in zip(where, spans, strict=True):
@@ -142,7 +188,7 @@ class Utterance:
         return narrowed
 
     def trim(self, history_words: int) -> list[int] | None:
-        """Forget the oldest words and the sound before the ones that are kept (StreamAtt, arXiv 2406.06097).
+        """Forget the oldest words and the sound before the ones that are kept, where the window is too long.
 
         The last `history_words` stay, half of the committed words at the most. Returns the tokens that were
         forgotten, or None when nothing can be.
@@ -150,12 +196,26 @@ class Utterance:
         keep = min(history_words, len(self.words) // 2)
         if not keep:
             return None
-        kept = self.words[-keep:]
-        cut = min(word.frame for word in kept) - round(MARGIN_S / self.model.frame_s)
-        if cut * self.model.frame_s < LEAST_CUT_S:
-            return None
+        cut = min(word.frame for word in self.words[-keep:]) - round(MARGIN_S / self.model.frame_s)
+        return self._keep(keep, cut) if cut * self.model.frame_s >= LEAST_CUT_S else None
+
+    def remember(self, history: TextHistory, reader: AlignAtt) -> list[int]:
+        """Forget the words that the history does not keep, and the sound before what the kept ones look at now.
+
+        It is what StreamAtt does behind every look (arXiv 2406.06097); `reader` says how the attention is read. Returns
+        the tokens that were forgotten.
+        """
+        texts, sizes = [word.text for word in self.words], [len(word.tokens) for word in self.words]
+        keep = kept(history, texts, sizes)
+        if keep == len(self.words) or self.last is None:
+            return []
+        tokens, total = sum(sizes[-keep:]), self.last.before + self.last.done
+        return self._keep(keep, earliest(self.last.draft, reader, self.last.before, range(total - tokens, total)))
+
+    def _keep(self, keep: int, cut: int) -> list[int]:
+        """Forget all but the newest words, and the first frames of the sound -> the tokens that were forgotten."""
         forgotten = [token for word in self.words[:-keep] for token in word.tokens]
-        self.words = [Committed(word.tokens, word.frame - cut) for word in kept]
+        self.words = [replace(word, frame=max(0, word.frame - cut)) for word in self.words[-keep:]]
         self._cut(cut)
         return forgotten
 
@@ -163,10 +223,14 @@ class Utterance:
         """Forget all words, and the sound before `frame`; the state of the policy belongs to what was forgotten."""
         self.words, self.tail, self.state = [], [], self.policy.initial()
         self._cut(frame)
+        self.forgotten = 0
+        self.heard.anew()
 
     def _cut(self, frames: int) -> None:
         """Forget the first `frames` of the sound."""
         step = round(self.model.frame_s * self.model.sample_rate)
         samples = min(frames, self.size // step) * step
         self.hearing.cut(samples)
+        self.heard.forget(samples // step)
         self.size, self.start = self.size - samples, self.start + samples
+        self.forgotten, self.last = self.forgotten + samples // step, None

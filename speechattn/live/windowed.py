@@ -15,6 +15,8 @@ from speechattn.live.endings import at_least
 from speechattn.live.listener import Decision, WindowModel
 from speechattn.live.utterance import Utterance
 from speechattn.policy import Policy
+from speechattn.policy.align_att import AlignAtt
+from speechattn.policy.stream_att import TextHistory
 
 __all__ = ["Settings", "Windowed"]
 
@@ -28,7 +30,9 @@ class Settings:
     It looks at the sound every `min_chunk_s`, `pause_s` after speech stops (then the next `min_chunk_s` begins), and at
     the end of an utterance, which is `silence_s` without speech; `threshold` is the probability at which speech
     begins, and `preroll_s` of sound before it is listened to as well. A window longer than `max_window_s` loses its
-    oldest words but for `history_words`; `context_tokens` of text that left the window stay as a prompt.
+    oldest words but for `history_words`; `context_tokens` of text that left the window stay as a prompt. With a
+    `history` words are forgotten behind every look, and the sound before what the others look at (StreamAtt, arXiv
+    2406.06097).
     """
 
     min_chunk_s: float = 1.0
@@ -39,6 +43,7 @@ class Settings:
     max_window_s: float = 12.0
     history_words: int = 10
     context_tokens: int = 0
+    history: TextHistory | None = None
 
     def __post_init__(self) -> None:
         at_least(self, min_chunk_s=0.032, silence_s=0.032, max_window_s=2.0)
@@ -49,11 +54,12 @@ class Windowed:
 
     def __init__(
         self, model: WindowModel, *, policy: Policy | None = None, settings: Settings | None = None,
-        vad: VoiceActivity | None = None,
+        vad: VoiceActivity | None = None, trace: bool = False,
     ) -> None:  # fmt: skip
-        self.model = model
+        self.model, self.trace = model, trace
         self.policy: Policy = policy or model.policy()
         self.settings = settings or Settings()
+        self.reader = reader(self.policy, model)
         self.limit_s = model.max_s - SPARE_S
         if self.settings.max_window_s > self.limit_s:
             raise InputError(f"max_window_s is {self.settings.max_window_s}: at most {self.limit_s:g} s fit this model")
@@ -102,7 +108,9 @@ class Windowed:
             if not speaking:
                 return None
             start = self.heard - sum(map(len, self.preroll))
-            self.utterance = Utterance(self.model, self.policy, start=start, first=self.tokens, context=self.context)
+            self.utterance = Utterance(
+                self.model, self.policy, start=start, first=self.tokens, context=self.context, trace=self.trace
+            )
             for piece in self.preroll:
                 self.utterance.add(piece)
             self.preroll.clear()
@@ -115,6 +123,8 @@ class Windowed:
         utterance = self.utterance
         assert utterance is not None
         decision = utterance.decide(finished=finished, paused=paused)
+        if self.settings.history is not None and not finished:
+            self._remember(utterance.remember(self.settings.history, self.reader))
         if not finished and utterance.seconds > self.settings.max_window_s:
             forgotten = utterance.trim(self.settings.history_words)
             if forgotten is not None:
@@ -122,7 +132,7 @@ class Windowed:
             elif utterance.seconds >= self.limit_s:
                 self._remember(utterance.tokens)
                 more = utterance.decide(finished=False, full=True)
-                decision = Decision(decision.words + more.words, more.unstable, more.withheld)
+                decision = replace(more, words=decision.words + more.words)
         self.tokens = utterance.first
         if finished:
             self._remember(utterance.tokens)
@@ -133,3 +143,9 @@ class Windowed:
         """Text that left the window, as far as the prompt is long."""
         if self.settings.context_tokens:
             self.context = [*self.context, *tokens][-self.settings.context_tokens :]
+
+
+def reader(policy: Policy, model: WindowModel) -> AlignAtt:
+    """How attention is read: as the policy does, or as the model's own."""
+    found = policy if isinstance(policy, AlignAtt) else model.policy()
+    return found if isinstance(found, AlignAtt) else AlignAtt(model.alignment_heads)

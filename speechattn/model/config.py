@@ -13,11 +13,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 from torch import nn
 
 from speechattn.attention.pattern import Blocks, Span
+from speechattn.decoder.groups import Grouped, Interleaved, Wait
 from speechattn.errors import ModelError
 
 __all__ = ["build", "read_yaml"]
 
-VALUES = (Span, Blocks)  # besides modules
+VALUES = (Span, Blocks, Grouped, Interleaved, Wait)  # besides modules
 FUNCTIONS = {
     *(f"speechattn.decoder.attention.{name}" for name in ("learned", "sinusoids")),
     *(f"speechattn.cross.expected.{name}" for name in ("doubling", "fused", "matrix", "ratio", "scan", "sequential")),

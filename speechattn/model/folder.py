@@ -33,9 +33,9 @@ __all__ = [
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
 FORMAT = 1
-KEYS = {"format", "sample_rate", "language", "spaceless", "front_end", "encoder", "heads"}
+KEYS = {"format", "sample_rate", "language", "target_language", "spaceless", "front_end", "encoder", "heads"}
 NEEDED = ("front_end", "encoder", "heads")
-USUAL = {"sample_rate": 16000, "language": None, "spaceless": False}
+USUAL = {"sample_rate": 16000, "language": None, "target_language": None, "spaceless": False}
 
 
 def is_model(path: Path) -> bool:
@@ -63,15 +63,16 @@ def from_config(
     heads = parts["heads"]
     if not isinstance(heads, dict) or not all(isinstance(head, nn.Module) for head in heads.values()):
         raise ModelError(f"{where}: heads: not a mapping of names to heads")
-    rate, language, spaceless = (config.get(key, usual) for key, usual in USUAL.items())
+    rate, language, target, spaceless = (config.get(key, usual) for key, usual in USUAL.items())
     if type(rate) is not int or not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise ModelError(f"{where}: sample_rate {rate}: wanted {LOWEST_RATE} to {HIGHEST_RATE} Hz")
-    if not isinstance(language, str | None) or not isinstance(spaceless, bool):
-        raise ModelError(f"{where}: language {language}, spaceless {spaceless}: wanted a code, and true or false")
+    if not isinstance(language, str | None) or not isinstance(target, str | None) or not isinstance(spaceless, bool):
+        said = f"language {language}, target_language {target}, spaceless {spaceless}"
+        raise ModelError(f"{where}: {said}: wanted codes, and true or false")
     try:
         model = Recognizer(
             parts["front_end"], parts["encoder"], {str(name): head for name, head in heads.items()}, tokenizer,
-            sample_rate=rate, language=language, spaceless=spaceless, config=config,
+            sample_rate=rate, language=language, target_language=target, spaceless=spaceless, config=config,
         )  # fmt: skip
     except ValueError as error:
         raise ModelError(f"{where}: front_end and encoder do not fit together: {error}") from error

@@ -37,14 +37,17 @@ def located(name: str | Path) -> Path:
 
 def load_model(
     name: str | Path = DEFAULT, *, device: str = "cpu", dtype: str = "float32", language: str | None = None,
-    task: str | None = None, pad_s: float | None = None, plugins: Sequence[str] = (),
+    target_language: str | None = None, task: str | None = None, pad_s: float | None = None,
+    plugins: Sequence[str] = (),
 ) -> Recognizer | WhisperModel:  # fmt: skip
     """A model by name (`tiny.en`, `large-v3`) or path; ModelError says what was looked for and what to do.
 
     A name that begins with `speechattn/` is that of a model inside this package (`shipped`); the `DEFAULT` is one. Such
     a model, a folder that `save_model` wrote, or that of an ESPnet2 experiment is a `Recognizer`; all else a Whisper.
-    `task` (transcribe or translate) and `pad_s`, the silence that follows the sound into the encoder (None: the
-    measured default), are Whisper's. `plugins` are modules whose classes the `config.yaml` of a folder may name, too.
+    `language` is what is heard, `target_language` what a translator says (Whisper: en). With a `task`, transcribe or
+    translate, a model that does something else is refused; Whisper does either (None: transcribe). `pad_s`, the silence
+    that follows the sound into the encoder (None: the measured default), is Whisper's. `plugins` are modules whose
+    classes the `config.yaml` of a folder may name, too.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype}: wanted {', '.join(DTYPES)}")
@@ -61,13 +64,29 @@ def load_model(
         from speechattn.pretrained.espnet import is_espnet, load_espnet  # which needs this package
 
         if not is_espnet(path):
+            if target_language not in (None, "en"):
+                raise ModelError(f"{name}: Whisper translates to English (en), not to {target_language}")
+            if target_language is not None and task != "translate":
+                raise ModelError(f"{name}: target_language {target_language} goes with task translate")
             return load(
                 str(name), device=place, dtype=DTYPES[dtype], language=language, task=task or "transcribe", pad_s=pad_s
             )
-    for option, value in (("task", task), ("pad_s", pad_s)):
-        if value not in (None, "transcribe"):
-            raise ModelError(f"{name}: {option} {value} belongs to Whisper; this model has no such setting")
+    if pad_s is not None:
+        raise ModelError(f"{name}: pad_s {pad_s} belongs to Whisper; this model has no such setting")
     model = load_folder(path, plugins) if ours else load_espnet(path)
     if language not in (None, model.language):
         raise ModelError(f"{name}: this model knows {model.language or 'one language'}, not {language}")
+    fits(str(name), model, task, target_language)
     return model.to(place).cast(DTYPES[dtype])
+
+
+def fits(name: str, model: Recognizer, task: str | None, target: str | None) -> None:
+    """ModelError where a model does something else than the task, or says another language."""
+    if task == "transcribe" and model.translates:
+        says = f" to {model.target_language}" if model.target_language else ""
+        raise ModelError(f"{name}: task transcribe: this model translates{says}; say `speechattn translate`")
+    if task == "translate" and not model.translates:
+        raise ModelError(f"{name}: task translate: this model cannot, it says what it hears; name a translator")
+    if target not in (None, model.target_language):
+        says = f"translates to {model.target_language or 'a language that it does not name'}"
+        raise ModelError(f"{name}: this model {says if model.translates else 'does not translate'}, not to {target}")

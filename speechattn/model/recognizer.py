@@ -19,9 +19,11 @@ from speechattn.encoder import Encoder
 from speechattn.errors import InputError, ModelError
 from speechattn.frames import Frames
 from speechattn.live.transcript import Transcript, transcribe
-from speechattn.model.searches import LETTERS, SEARCHES, SOURCE, possible
+from speechattn.model.searches import HEARING, LETTERS, SEARCHES, SOURCE, possible
 from speechattn.model.window import WindowRecognizer
+from speechattn.policy.adaptive import WordCounter
 from speechattn.search import Search
+from speechattn.search.aligned import AlignedGreedy
 from speechattn.search.phrases import Phrases
 from speechattn.stream import Pointwise, Serial, Stream
 from speechattn.text.pieces import Pieces, spelled
@@ -48,14 +50,17 @@ class Cast(nn.Module):
 class Recognizer(nn.Module):
     """Sound -> words. `heads` are those of `ctc`, `attention` and `transducer` that it has.
 
+    `language` is what it hears, and what it says but for a translator, which says `target_language`; `spaceless` is
+    about what it says.
+
     Every search works on the frames of `listening`, which is front-end and encoder one after the other; so whoever
     has one of the heads can recognise, live and offline, with the same code.
     """
 
     def __init__(
         self, front_end: Stream, encoder: Stream, heads: Mapping[str, nn.Module], tokenizer: Pieces, *,
-        sample_rate: int = 16000, language: str | None = None, spaceless: bool = False,
-        config: dict[str, Any] | None = None,
+        sample_rate: int = 16000, language: str | None = None, target_language: str | None = None,
+        spaceless: bool = False, config: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         unknown = sorted(heads.keys() - HEADS)
@@ -67,7 +72,13 @@ class Recognizer(nn.Module):
         body = encoder.listening(before) if isinstance(encoder, Encoder) else Serial(before, encoder)
         self.body = (body,)  # in a tuple: its weights have names already
         self.tokenizer, self.config = tokenizer, config
-        self.sample_rate, self.language, self.spaceless = sample_rate, language, spaceless
+        self.sample_rate, self.spaceless = sample_rate, spaceless
+        self.language, self.target_language = language, target_language
+
+    @property
+    def translates(self) -> bool:
+        """Its text is a translation: a language is named for it, or a head `source` says what was said."""
+        return self.target_language is not None or SOURCE in self.heads
 
     @property
     def listening(self) -> Stream:
@@ -94,6 +105,20 @@ class Recognizer(nn.Module):
         if "ctc" not in self.heads and isinstance(letters, Letters):
             return letters, letters.pieces
         return self.ctc, self.tokenizer
+
+    @property
+    def counter(self) -> WordCounter | None:
+        """Who counts the words that were said: a CTC head `source`, that of letters, or `ctc`; None where none hears.
+
+        The head `ctc` of a translator says the translation.
+        """
+        heads = dict(self.heads)
+        names = (SOURCE, LETTERS) if self.translates else (SOURCE, LETTERS, "ctc")
+        name = next((name for name in names if name in heads), "")
+        head = heads.get(name)
+        if not isinstance(head, CTC):
+            return None
+        return WordCounter(head, head.pieces if isinstance(head, Letters) else self.tokenizer, self.spaceless)
 
     def cast(self, dtype: torch.dtype) -> Recognizer:
         """Weights of this type; the front-end is never less exact than float32."""
@@ -131,14 +156,14 @@ class Recognizer(nn.Module):
                 book = Phrases(tokens, bonus=bonus, vocab=self.tokenizer.size)
                 book.lines = tuple(phrases)
         try:
-            return SEARCHES[kind].make(self.heads, self.tokenizer, beam_size, book)
+            search = SEARCHES[kind].make(self.heads, self.tokenizer, beam_size, book)
         except ValueError as error:
             raise InputError(f"search {kind}: {error}") from error
+        return search.translating() if self.translates and isinstance(search, AlignedGreedy) else search
 
     def blank(self, frames: Frames) -> Tensor:
         """Where nothing is said [B, T] bool, as a CTC head hears it (first that of letters), or else the transducer."""
-        names = (LETTERS, SOURCE, "ctc", "transducer")
-        head = next((self.heads[name] for name in names if name in self.heads), None)
+        head = next((self.heads[name] for name in HEARING if name in self.heads), None)
         if not isinstance(head, CTC | Transducer):
             has = ", ".join(self.heads)
             raise InputError(f"no head hears where nobody speaks, as CTC or a transducer does: {has}")
@@ -148,13 +173,18 @@ class Recognizer(nn.Module):
         return nothing
 
     def windowed(self) -> WindowRecognizer | None:
-        """How this model listens while its encoder needs the whole utterance: with its attention decoder, if any."""
-        decoder, end = dict(self.heads).get("attention"), self.tokenizer.end
+        """How this model listens while its encoder needs the whole utterance: with its attention decoder, if any.
+
+        Else with that of monotonic heads.
+        """
+        heads, end = dict(self.heads), self.tokenizer.end
+        decoder = heads.get("attention", heads.get("monotonic"))
         if not isinstance(decoder, AttentionDecoder) or end is None:
             return None
         return WindowRecognizer(
             self.front_end, self.encoder, decoder, self.tokenizer, end=end, sample_rate=self.sample_rate,
-            spaceless=self.spaceless, never=sorted(self.tokenizer.special - {end}),
+            spaceless=self.spaceless, never=sorted(self.tokenizer.special - {end}), counter=self.counter,
+            translates=self.translates,
         )  # fmt: skip
 
     def transcribe(self, sound: str | Path | Samples, **options: Any) -> Transcript:

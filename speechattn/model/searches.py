@@ -23,12 +23,14 @@ from speechattn.search.rescoring import Rescored
 from speechattn.search.segmental import SegmentalBeam, TimeSynchronousBeam
 from speechattn.search.transducer import TransducerBeam, TransducerGreedy
 from speechattn.search.triggered import TriggeredBeam
+from speechattn.search.turns import Turns
 from speechattn.text.pieces import Pieces
 
-__all__ = ["LETTERS", "SEARCHES", "SOURCE", "Kind", "possible"]
+__all__ = ["HEARING", "LETTERS", "SEARCHES", "SOURCE", "Kind", "possible"]
 
 LETTERS = "letters"  # a CTC head of letters, which no search says: it hears where nobody speaks
 SOURCE = "source"  # a translator's CTC head of what was said: no search says its text
+HEARING = (LETTERS, SOURCE, "ctc", "transducer")  # heads that hear where nobody speaks, the best first
 CTC_WEIGHT = 0.3
 LENGTH_WEIGHT = 0.1  # of a reward for each token, in a beam of more than one; with 0.5 a text may never end
 MOST = 2.0  # tokens for each frame; a translation may be longer than what was said
@@ -143,8 +145,8 @@ class ByMonotonicHeads:
         if phrases is not None:
             raise InputError("search monotonic takes no phrases")
         end, bonus = ending(tokenizer), LENGTH_WEIGHT if size > 1 else 0.0
-        never = sorted(tokenizer.special - {end})
-        return MonotonicBeam(heads["monotonic"], size, sos=end, eos=end, bonus=bonus, never=never)
+        never, hears = sorted(tokenizer.special - {end}), not any(name in heads for name in HEARING)
+        return MonotonicBeam(heads["monotonic"], size, sos=end, eos=end, bonus=bonus, never=never, hears=hears)
 
 
 class BySegments:
@@ -199,6 +201,19 @@ class AtOnce:
         return CassNat(head, heads["cass_nat"], size, eos=end, blank=head.blank, samples=max(size, SAMPLES))
 
 
+class ByTurns:
+    """Greedily with source and target in one Transformer, as soon as its schedule lets it."""
+
+    needs: tuple[str, ...] = ("decoder_only",)
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """One hypothesis, whatever the size."""
+        if phrases is not None:
+            raise InputError("search turns takes no phrases")
+        end = ending(tokenizer)
+        return Turns(heads["decoder_only"], sos=end, eos=end, never=sorted(tokenizer.special - {end}), most=MOST)
+
+
 def ending(tokenizer: Pieces) -> int:
     """The token that ends a text."""
     if tokenizer.end is None:
@@ -210,6 +225,7 @@ SEARCHES: Mapping[str, Kind] = {
     "transducer": ByTransducer(), "joint": Jointly(), "monotonic": ByMonotonicHeads(), "segmental": BySegments(),
     "ctc": ByCTC(), "rescored": InTwoPasses(), "triggered": ByTriggers(), "time_synchronous": InTime(),
     "cass_nat": AtOnce(), "attention": ByAttention(), "aligned": ByAlignment(),
+    "turns": ByTurns(),
 }  # fmt: skip
 
 

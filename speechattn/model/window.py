@@ -9,11 +9,14 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from speechattn.cross.monotonic import Monotonic
 from speechattn.decoder.attention import AttentionDecoder, DecoderState, Head
 from speechattn.frames import Frames, Memory
 from speechattn.live.listener import Tokens
 from speechattn.policy import Policy
+from speechattn.policy.adaptive import WordCounter
 from speechattn.policy.align_att import AlignAtt
+from speechattn.policy.monotonic import Stopped
 from speechattn.search import Draft
 from speechattn.search.greedy import Greedy
 from speechattn.stream import Stream
@@ -36,6 +39,7 @@ class Window:
     alignment_heads: tuple[Head, ...]
     front_end: Stream
     spaceless: bool
+    translates: bool = False
 
     def __init__(self, decoder: AttentionDecoder, tokenizer: Tokens, search: Greedy) -> None:
         self.decoder, self.tokenizer, self.greedy = decoder, tokenizer, search
@@ -92,23 +96,27 @@ class WindowRecognizer(Window):
     """A recogniser whose encoder needs the whole utterance, listening in windows with its attention decoder.
 
     `end` is its start and end of sentence; tokens in `never` are not said. Words are placed by the heads of the middle
-    layer, and committed by AlignAtt (arXiv 2305.11408) on the same.
+    layer, and committed by AlignAtt (arXiv 2305.11408) on the same, or where monotonic heads have stopped. `counter`
+    counts the words that a CTC head hears.
     """
 
     max_s = LONGEST_S
 
     def __init__(
         self, front_end: Stream, encoder: Stream, decoder: AttentionDecoder, tokenizer: Pieces, *, end: int,
-        sample_rate: int, spaceless: bool = False, never: Sequence[int] = (),
+        sample_rate: int, spaceless: bool = False, never: Sequence[int] = (), counter: WordCounter | None = None,
+        translates: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(decoder, Spaced(tokenizer), Greedy(decoder, end, suppress=never))
         self.front_end, self.encoder, self.end = front_end, encoder, end
-        self.sample_rate, self.spaceless = sample_rate, spaceless
+        self.sample_rate, self.spaceless, self.translates = sample_rate, spaceless, translates
         self.ratio = front_end.plan().ratio
         self.frame_s = float(1 / (self.ratio * encoder.plan().ratio * sample_rate))
-        self.alignment_heads = decoder.alignment_heads
+        self.alignment_heads, self.counter = decoder.alignment_heads, counter
 
     def policy(self) -> Policy:
+        if any(isinstance(layer.cross, Monotonic) for layer in self.decoder.layers):
+            return Stopped()
         return replace(AlignAtt.fbk(0, 1), heads=self.alignment_heads)
 
     @torch.inference_mode()

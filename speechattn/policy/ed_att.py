@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.nn import functional as F
 
 from speechattn.decoder.attention import Head
@@ -48,8 +49,18 @@ class EDAtt:
         n = len(draft.tokens)
         if source.finished or not n:
             return n, None
-        weights = draft.alignment(self.heads).mean(0)[-n - 1 : -1]
-        weights = weights[:, : max(weights.shape[1] - self.drop_last, 1)]
-        newest = F.normalize(weights, p=self.power, dim=1)[:, -self.frames :].sum(1)
-        unsafe = newest >= self.alpha
+        unsafe = self._newest(draft) >= self.alpha
         return int(unsafe.nonzero()[0, 0]) if unsafe.any() else n, None
+
+    def why(self, draft: Draft, source: Source, state: None, n: int) -> str:
+        """How much of its attention the newest frames have."""
+        newest = self._newest(draft)[n]
+        if newest < self.alpha:
+            return ""
+        return f"attention {float(newest):.2f} on the last {self.frames} frames, {self.alpha:g} or more"
+
+    def _newest(self, draft: Draft) -> Tensor:
+        """The attention of each token on the newest frames [U]."""
+        weights = draft.alignment(self.heads).mean(0)[-len(draft.tokens) - 1 : -1]
+        weights = weights[:, : max(weights.shape[1] - self.drop_last, 1)]
+        return F.normalize(weights, p=self.power, dim=1)[:, -self.frames :].sum(1)

@@ -33,6 +33,10 @@ class Hold:
         n = len(draft.tokens)
         return n if source.finished else max(0, n - self.n), None
 
+    def why(self, draft: Draft, source: Source, state: None, n: int) -> str:
+        """It is one of the last."""
+        return "" if n < len(draft.tokens) - self.n else f"one of the last {self.n} tokens (hold-n)"
+
 
 @dataclass(frozen=True)
 class Told:
@@ -47,7 +51,7 @@ class Told:
 class WaitK:
     """wait-k (arXiv 1810.08398) over an offline model: of n words that were heard n - `k` may be said.
 
-    A word is heard in every `frames_of_a_word` frames of the draft's memory. `words` gives the number of tokens of each
+    A word is heard in every `frames_of_a_word` frames of the utterance. `words` gives the number of tokens of each
     word of a text, as tokenizers do.
     """
 
@@ -72,8 +76,16 @@ class WaitK:
         if source.finished:
             return len(said), Told()
         after = Told(committed, draft.first, said)
-        allowed = draft.weights.shape[-1] // self.frames_of_a_word - self.k
-        ends = 0
-        for size in self.words([*committed, *said])[: max(0, allowed)]:
-            ends += size
+        ends = sum(self.words([*committed, *said])[: max(0, self._heard(draft, source) - self.k)])
         return min(len(said), max(0, ends - len(committed))), after
+
+    def why(self, draft: Draft, source: Source, state: Told, n: int) -> str:
+        """How many words were heard."""
+        if n < self.accept(draft, source, state)[0]:
+            return ""
+        heard = self._heard(draft, source)
+        return f"{heard} words were heard: {max(0, heard - self.k)} may be said (wait-{self.k})"
+
+    def _heard(self, draft: Draft, source: Source) -> int:
+        """Words in the sound, by its length."""
+        return source.frames // self.frames_of_a_word

@@ -40,3 +40,13 @@ class LocalAgreement:
         shortest = min(map(len, futures))
         agreed = next((i for i in range(shortest) if len({tokens[i] for tokens in futures}) > 1), shortest)
         return agreed, state
+
+    def why(self, draft: Draft, source: Source, state: Drafts, n: int) -> str:
+        """Who disagrees."""
+        drafts = [*state, (draft.first, tuple(draft.tokens.tolist()))][-self.n :]
+        if len(drafts) < self.n:
+            return f"draft {len(drafts)} of the {self.n} that must agree"
+        futures = [tokens[draft.first - first :] for first, tokens in drafts]
+        if any(len(tokens) <= n for tokens in futures):
+            return f"not all of the last {self.n} drafts are so long"
+        return f"the last {self.n} drafts disagree" if len({tokens[n] for tokens in futures}) > 1 else ""

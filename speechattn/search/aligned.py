@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from speechattn.decoder.attention import AttentionDecoder, DecoderState
 from speechattn.frames import Frames, Memory
 from speechattn.search.beam import Beam, Prefixes, Search
 from speechattn.search.draft import Draft
-from speechattn.search.looks import Looked, farthest, grown, narrowed
+from speechattn.search.looks import Looked, apart, farthest, grown, narrowed
 from speechattn.search.speaker import RECENT, Speaker
 from speechattn.stream import Buffer
 from speechattn.tree import node
@@ -58,6 +59,8 @@ class AlignedGreedy(Search):
     Tokens in `never` are not said; those in `never_next` (they do not begin a word) not directly behind what was
     committed. When `memory` frames were read or the decoder's context is full, nothing more is heard or said: `room`
     tells before. The rows of at most `history` committed tokens are kept for those who compare tokens.
+
+    A translation `reorders`: it may look back, and every token has the time where it looks.
     """
 
     def __init__(
@@ -78,6 +81,12 @@ class AlignedGreedy(Search):
         self.longest = self.context - 1 - min(64, self.context // 8)  # committed tokens, and a draft
         self.never, self.never_next = (torch.tensor(sorted({*ids} - {eos}), dtype=torch.long)
                                        for ids in (never, never_next))  # fmt: skip
+
+    def translating(self) -> AlignedGreedy:
+        """The same for a translation: drafts go on to the end of the text, wherever they look."""
+        made = copy(self)
+        made.reorders, made.edge, made.rewind, made.most = True, 0, self.memory, max(1.0, self.most)
+        return made
 
     def start(self, x: Frames) -> Beam:
         x = x[:0]
@@ -268,8 +277,9 @@ class AlignedGreedy(Search):
             n = len(row.tokens)
             here = values[b, : first[b] + n + 1, : heard[b]]
             here = here - here.mean(0)  # frames that every token looks at drop out
-            before = min(until[b], max(0, heard[b] - n - 1))
-            found = narrowed(here[first[b] :, before:]) if n else []
+            before = 0 if self.reorders else min(until[b], max(0, heard[b] - n - 1))
+            place = apart if self.reorders else narrowed
+            found = place(here[first[b] :, before:]) if n else []
             pad = most - n
             spans.append([(a + before + origin[b], z + before + origin[b]) for a, z in found] + [(0, 0)] * pad)
             tokens.append(row.tokens + [0] * pad)

@@ -143,6 +143,8 @@ class Search:
     peeks: bool = False  # `peek` looks at what is ahead
     prompt: bool = True  # its hypotheses say what was heard so far; else they may lag behind
     heads: tuple[Head, ...] = ()  # whose attention `looks` gives
+    reorders: bool = False  # its words need not stand in the order of the sound
+    hears: bool = False  # `waited` tells when an utterance is over, because no head of the model hears where it is
 
     def start(self, x: Frames) -> Beam:
         """Nothing said, for the rows, type and device of `x` [B, T, D]; its frames are not read."""
@@ -174,6 +176,10 @@ class Search:
     def room(self, beam: Beam) -> Tensor:
         """The share [B] of what can be said before the search must begin anew that is left: all, where it need not."""
         return torch.ones(len(beam.frames), device=beam.frames.device)
+
+    def waited(self, beam: Beam) -> Tensor:
+        """Frames [B] since the best hypothesis said something; 0 where it has said nothing. Only where it `hears`."""
+        raise ValueError(f"{type(self).__name__} does not hear where nobody speaks")
 
     def commit(self, beam: Beam, n: Tensor) -> Beam:
         """The first `n` [B] tokens of the best hypothesis are final: forget them, and whoever says otherwise.

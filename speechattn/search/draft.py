@@ -21,6 +21,9 @@ class Draft:
     `weights` [N, P + U, T]: where the pairs in `heads` looked on reading each token of prompt (committed text
     included) and draft. A token is said on reading the one before it, so the draft's own rows are `[-U - 1 : -1]`
     and the last row is the look at what follows it.
+
+    `waiting` [U]: a head of monotonic cross attention ran out of frames on saying this token, so that more of them may
+    change it; None where no head ever waits.
     """
 
     tokens: Tensor
@@ -29,6 +32,7 @@ class Draft:
     heads: tuple[Head, ...]
     first: int
     ended: bool
+    waiting: Tensor | None = None
 
     def alignment(self, heads: tuple[Head, ...]) -> Tensor:
         """Rows of some of the heads [n, P + U, T]."""

@@ -8,9 +8,11 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from speechattn.cross.monotonic import Place
 from speechattn.decoder.attention import AttentionDecoder, DecoderState, Head
 from speechattn.frames import Memory
 from speechattn.search import Draft
+from speechattn.tree import leaves
 
 __all__ = ["Greedy"]
 
@@ -19,7 +21,9 @@ class Greedy:
     """The most probable token, again and again, until end-of-text or `max_tokens`.
 
     A guess (what the last draft proposed) is read together with the prompt in one pass; it is kept as far as the
-    search itself would have said it. Law: a guess changes the time a search takes, never its result.
+    search itself would have said it. Law: a guess changes the time a search takes, never its result. It is not read
+    where cross attention remembers where it stands: there a token cannot be taken back. Where that is monotonic, the
+    draft ends with the first token for which a head is waiting.
 
     `suppress` ids are never said, `suppress_first` not at the start of the text, `suppress_next` not directly behind
     committed text (ids that would go on with a word that was committed as whole).
@@ -56,7 +60,8 @@ class Greedy:
         state = self.decoder.start(memory, behind=behind)
         device = memory.frames.mask.device
         room = min(max_tokens, self.decoder.context - self.decoder.opened - len(prompt) - len(committed))
-        guess = list(takewhile(lambda token: token < self.end_of_text, guess))
+        walks = bool(leaves(state.place))
+        guess = [] if walks else list(takewhile(lambda token: token < self.end_of_text, guess))
         known = [*prompt, *committed, *guess[: room - 1]]
         hidden, seen, state = self.decoder.step(torch.tensor([known], device=device), state, heads=heads)
         start = len(prompt) + len(committed)
@@ -64,14 +69,16 @@ class Greedy:
         kept = next(
             (i for i, (a, b) in enumerate(zip(said, known[start:], strict=False)) if a != b), len(known) - start
         )
-        tokens, log_probs = said[: kept + 1], scores[: kept + 1]
-        state, rows = state.truncate(self.decoder.opened + start + kept), [seen[0, :, : start + kept, :frames]]
-        while tokens[-1] != self.end_of_text and len(tokens) < room:
+        tokens, log_probs, rows = said[: kept + 1], scores[: kept + 1], [seen[0, :, : start + kept, :frames]]
+        state = state if walks else state.truncate(self.decoder.opened + start + kept)
+        waits = [waiting(state)] * (kept + 1)
+        while tokens[-1] != self.end_of_text and len(tokens) < room and not waits[-1]:
             hidden, seen, state = self.decoder.step(torch.tensor([tokens[-1:]], device=device), state, heads=heads)
             rows.append(seen[0, :, :, :frames])
             token, score = self._best(hidden[0], self.never)
             tokens += token
             log_probs += score
+            waits.append(waiting(state))
         ended = tokens[-1] == self.end_of_text
         if ended:
             tokens, log_probs = tokens[:-1], log_probs[:-1]
@@ -80,5 +87,12 @@ class Greedy:
             rows.append(seen[0, :, :, :frames])
         return Draft(
             torch.tensor(tokens, dtype=torch.long), torch.tensor(log_probs), torch.cat(rows, 1).float().cpu(),
-            heads, first, ended,
+            heads, first, ended and not waits[-1],
+            torch.tensor(waits[: len(tokens)], dtype=torch.bool) if waits[-1] is not None else None,
         )  # fmt: skip
+
+
+def waiting(state: DecoderState) -> bool | None:
+    """A monotonic head of the only row ran out of frames for the newest token; None where no head ever does."""
+    heads = [place.waiting for place in state.place if isinstance(place, Place)]
+    return bool(torch.cat(heads, 1).any()) if heads else None

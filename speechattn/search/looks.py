@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from speechattn.tree import node
 
-__all__ = ["Looked", "farthest", "grown", "monotone", "narrowed"]
+__all__ = ["Looked", "apart", "around", "farthest", "grown", "monotone", "narrowed"]
 
 FOCUS_SHARE = 0.25  # a token is said while its attention is above this share of its peak
 
@@ -83,3 +83,16 @@ def narrowed(weights: NDArray[np.float32]) -> list[tuple[int, int]]:
         loud = np.flatnonzero(inside >= FOCUS_SHARE * inside.max())
         spans.append((start + int(loud[0]), start + int(loud[-1]) + 1) if len(loud) else (start, end))
     return spans
+
+
+def around(row: NDArray[np.float32]) -> tuple[int, int]:
+    """First and last-plus-one frame of the stretch around the peak of `row` [T] that is not far below it."""
+    peak = int(row.argmax())
+    quiet = np.flatnonzero(row < FOCUS_SHARE * row[peak])
+    at = int(np.searchsorted(quiet, peak))
+    return (int(quiet[at - 1]) + 1 if at else 0), (int(quiet[at]) if at < len(quiet) else len(row))
+
+
+def apart(weights: NDArray[np.float32]) -> list[tuple[int, int]]:
+    """`weights` [U + 1, T] -> spans of the first U tokens, each where it looked, in any order."""
+    return [around(row) for row in weights[:-1]]

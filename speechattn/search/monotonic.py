@@ -15,6 +15,7 @@ from speechattn.decoder.attention import AttentionDecoder
 from speechattn.frames import Frames, Memory
 from speechattn.search.attention import AttentionScorer, AttentionScores
 from speechattn.search.beam import Beam, Prefixes, Search
+from speechattn.search.draft import Draft
 from speechattn.tree import node
 
 __all__ = ["MonotonicBeam", "MonotonicState"]
@@ -50,13 +51,15 @@ class MonotonicBeam(Search):
     A token's span reaches from the first to the last stop of the heads of all layers. Frames behind which every head
     has gone, with what they still look back at, are forgotten.
 
+    With `hears` an utterance is over when the heads have not stopped for long: for models in which nothing else tells.
+
     Law: no decision looks at frames behind the stops that it follows, so the hypotheses are those of the whole
     utterance as soon as they are there, for any split.
     """
 
     def __init__(
         self, decoder: AttentionDecoder, size: int, *, sos: int, eos: int, bonus: float = 0.0, most: float = 1.0,
-        never: Sequence[int] = (),
+        never: Sequence[int] = (), hears: bool = False,
     ) -> None:  # fmt: skip
         if size < 1 or not most > 0:
             raise ValueError(f"a beam of {size}, {most} tokens for each frame: wanted at least 1, and more than 0")
@@ -64,7 +67,7 @@ class MonotonicBeam(Search):
             raise ValueError(f"cross attention in layers {wrong} is not monotonic: it never waits for frames")
         if decoder.memory_positions is not None:
             raise ValueError("memory positions would be counted anew behind the frames that this search forgets")
-        self.size, self.eos, self.bonus, self.most = size, eos, bonus, most
+        self.size, self.eos, self.bonus, self.most, self.hears = size, eos, bonus, most, hears
         self.scorer = AttentionScorer(decoder, sos, eos)
         self.never = torch.tensor(sorted({*never} - {eos}), dtype=torch.long)
 
@@ -106,6 +109,16 @@ class MonotonicBeam(Search):
         living = (beam.score > NONE) & ~beam.state.ended
         left: Tensor = (1 - beam.state.said / self.scorer.longest).where(living.any(1), 0.0)  # all done: none
         return left
+
+    def waited(self, beam: Beam) -> Tensor:
+        state = beam.state
+        stop = torch.cat([place.at[:, 0] for place in places(state.decoder)], 1).amax(1)
+        waited: Tensor = (state.heard - 1 - stop).clamp(min=0).where(state.said > 0, 0)
+        return waited
+
+    def looks(self, beam: Beam) -> list[Draft]:
+        drafts = super().looks(beam)  # of tokens for which every head has stopped
+        return [replace(draft, waiting=torch.zeros(len(draft.tokens), dtype=torch.bool)) for draft in drafts]
 
     def _read(self, x: Frames, beam: Beam, finished: Tensor) -> Beam:
         """The decoder reads the frames, and learns which rows have finished."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class WhisperModel(Window):
             raise ModelError(f"{name} knows English only: it cannot {task} {language or 'other languages'}")
         if language and config.multilingual and language not in tokenizer.languages:
             raise ModelError(f"{name} does not know the language {language}; it knows {', '.join(tokenizer.languages)}")
-        self.network, self.name, self.task = network, name, task
+        self.network, self.name, self.task, self.translates = network, name, task, task == "translate"
         self.language = language if config.multilingual else "en"
         self.pad_s = PAD_S if pad_s is None else pad_s
         self.front_end = FrontEnd(config.mels)
@@ -74,8 +75,9 @@ class WhisperModel(Window):
         return self.task == "transcribe" and self.language in SPACELESS
 
     def policy(self) -> Policy:
-        """AlignAtt over the heads that come with the checkpoint."""
-        return AlignAtt.whisper(self.alignment_heads, FRAME_THRESHOLD)
+        """AlignAtt over the heads that come with the checkpoint; a translation may look back."""
+        usual = AlignAtt.whisper(self.alignment_heads, FRAME_THRESHOLD)
+        return replace(usual, rewind_threshold=None) if self.translates else usual
 
     @property
     def device(self) -> torch.device:
