@@ -516,7 +516,7 @@ def test_every_option_that_a_model_needs_is_there(tmp_path: Path) -> None:
 def test_the_commands_of_the_page_parse() -> None:
     page = (FOLDER.parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     commands = [line.split() for block in page.split("```sh\n")[1:] for line in block.split("```")[0].splitlines()]
-    assert len(commands) == 10
+    assert len(commands) == 14
     for _, name, *arguments in commands:
         assert (options(arguments) if name == "evaluate" else parser().parse_args([name, *arguments])).run
 

@@ -7,14 +7,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from speechattn.cli import main
+from speechattn.errors import InputError
 from speechattn.score.latency.clocks import Apart, Cumulative, InOrder, retimed
 from speechattn.score.latency.degeneracy import degeneracy
 from speechattn.score.latency.instances import read_instances
+from speechattn.score.latency.moses import moses
 from speechattn.score.latency.said import SIMULEVAL, SIMULSTREAM, Said
 from speechattn.score.latency.segmenter import WordErrors
 from speechattn.score.latency.segments import Sentence, by_talk, read_sentences, resegmented
@@ -88,6 +92,25 @@ def test_talks_score_as_in_omnisteval(fixed: bool) -> None:
             key = f"{'ca_' * aware}long_{name.removeprefix('Long').lower()}"
             assert ours is not None
             assert ours.value == pytest.approx(said["scores"][key], **EXACT)
+
+
+def test_talks_score_as_in_omnisteval_with_a_language() -> None:
+    plain, said = (numbers("omnisteval")[f"marks/{language}"] for language in (None, "en"))
+    assert plain["cut"] != said["cut"]
+    parts = read_sentences(HERE / "talks.yaml", lines("marks.txt"))
+    both = by_talk(instances("marks.instances.log"), parts)
+    cut = Soft(pieces=said["pieces"].__getitem__)
+    found = [part for talk, parts in both for part in resegmented(talk, parts, cut, counting=SIMULEVAL)]
+    assert [sentence.text for sentence in found] == said["cut"]
+    pieces = said["pieces"].__getitem__
+    figures = {figure.name: figure for figure in talk_figures(both, counting=SIMULEVAL, pieces=pieces)}
+    for name in LONG:
+        key, figure = f"long_{name.removeprefix('Long').lower()}", figures[name]
+        assert figure.unaware is not None
+        assert figure.aware is not None
+        assert [figure.unaware.value, figure.aware.value] == pytest.approx(
+            [said["scores"][key], said["scores"][f"ca_{key}"]], **EXACT
+        )
 
 
 @pytest.mark.parametrize(
@@ -167,3 +190,33 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
         inner = value.items() if isinstance(value, dict) else enumerate(value)
         return {way: leaf for k, part in inner for way, leaf in flat(part, f"{key}/{k}").items()}
     return {key: value} if isinstance(value, int | float) else {f"{key}={value}": 0}
+
+
+def test_pieces_of_words_come_from_the_tokeniser_of_moses(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[dict[str, Any]]()
+
+    class Program:
+        def __init__(self, **given: Any) -> None:
+            made.append(given)
+
+        def __call__(self, word: str) -> list[str]:
+            return [word[:-1], word[-1]]
+
+    monkeypatch.setitem(sys.modules, "mosestokenizer", SimpleNamespace(MosesTokenizer=Program))
+    assert moses("zh") is moses("ja") is None
+    cut = moses("de")
+    assert cut is not None
+    assert cut("ja,") == cut("ja,") == ["ja", ","]
+    assert made == [{"lang": "de", "no_escape": True}]
+    monkeypatch.setitem(sys.modules, "mosestokenizer", None)
+    with pytest.raises(InputError, match=r"--lang de needs Perl .* pip install 'speechattn\[evaluators\]'"):
+        moses("de")
+
+
+def test_a_language_belongs_to_talks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", "latency", str(HERE / "talks.instances.log"), "--lang", "de"]) == 2
+    assert "it needs --segments" in capsys.readouterr().err
+    given = ["--segments", str(HERE / "talks.yaml"), "--reference", str(HERE / "marks.txt"), "--lang", "zh", "--json"]
+    assert main(["score", "latency", str(HERE / "marks.instances.log"), *given]) == 0
+    found = json.loads(capsys.readouterr().out)["latency"]["metrics"]["LongYAAL"]["unaware"]["value"]
+    assert found == pytest.approx(numbers("omnisteval")["marks/None"]["scores"]["long_yaal"], **EXACT)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     {"errors", "version", "frames", "linear", "tree"}, {"stream"}, {"audio", "attention", "text"}, {"encoder", "cross"},
     {"decoder"}, {"search"}, {"policy"}, {"live"}, {"model", "pretrained", "terms", "multimodal"},
-    {"analysis", "task", "score", "data", "testing"}, {"cli"},
+    {"analysis", "task", "score", "data", "testing"}, {"cli", "evaluators"},
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 MODULES = sorted((ROOT / "speechattn").rglob("*.py"))

@@ -17,6 +17,7 @@ from speechattn.score.lag import Heard, measure_lag
 from speechattn.score.latency.clocks import CLOCKS
 from speechattn.score.latency.degeneracy import Degeneracy, degeneracy
 from speechattn.score.latency.logs import Log, read_events, read_log, referred
+from speechattn.score.latency.moses import moses
 from speechattn.score.latency.segments import by_talk, read_sentences
 from speechattn.score.latency.table import Figure, figures, talk_figures, text_table
 from speechattn.score.metrics import BLEU, ChrF, ErrorRate, Metric, Scored, compared, scored
@@ -60,6 +61,10 @@ def add_latency(parser: Any) -> None:
     parser.add_argument(
         "--segments", metavar="FILE", help="sentences of talks: YAML or JSON list of {wav, offset, duration} in seconds"
     )
+    parser.add_argument(
+        "--lang", metavar="CODE",
+        help="compare pieces of words, as OmniSTEval does with its --lang (needs the package mosestokenizer)",
+    )  # fmt: skip
     parser.add_argument("--unit", default="word", choices=("word", "char"), help="what is counted (default word)")
     parser.add_argument(
         "--tokens", default="word", choices=("word", "char", "spm"), help="how tokens of a simulstream log make a text"
@@ -209,7 +214,11 @@ def metrics_of(log: Log, options: argparse.Namespace) -> tuple[list[Figure], Deg
     if options.segments:
         if lines is None:
             raise InputError("--segments needs --reference, a line for each segment")
-        return talk_figures(by_talk(log.said, read_sentences(options.segments, lines)), counting=log.counting), None
+        both = by_talk(log.said, read_sentences(options.segments, lines))
+        cut = None if options.lang is None else moses(options.lang)
+        return talk_figures(both, counting=log.counting, pieces=cut), None
+    if options.lang is not None:
+        raise InputError("--lang says how the words of talks are compared: it needs --segments")
     if lines is not None:
         log = referred(log, lines, options.reference)
     pieces = any(np.isfinite(said.to_end) for said in log.said)

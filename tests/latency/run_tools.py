@@ -38,9 +38,11 @@ def simuleval() -> dict[str, Any]:
 
 def omnisteval(folder: Path) -> dict[str, Any]:
     """All latency scores: utterances, and talks cut by the soft segmenter, with and without repaired times."""
+    from mosestokenizer import MosesTokenizer
     from omnisteval.io import load_resegmentation_inputs, load_shortform_instances
     from omnisteval.resegment import resegment
     from omnisteval.scoring import evaluate_instances
+    from omnisteval.tokenization import unicode_normalize
 
     found: dict[str, Any] = {}
     for unit, name in (("word", "words.instances.log"), ("char", "letters.instances.log")):
@@ -58,6 +60,17 @@ def omnisteval(folder: Path) -> dict[str, Any]:
         rows, cut = resegment(*given)
         scores = evaluate_instances(rows, compute_quality=False, is_longform=True)[0]
         found[f"talks{'/fixed' if fixed else ''}"] = {"scores": scores, "cut": [row["prediction"] for row in cut]}
+    given = load_resegmentation_inputs(
+        str(HERE / "talks.yaml"), None, str(HERE / "marks.txt"), str(HERE / "marks.instances.log")
+    )
+    words = sorted({unicode_normalize(word.text).lower() for part in given[:2] for talk in part for word in talk})
+    pieces = MosesTokenizer(lang="en", no_escape=True)
+    for language in (None, "en"):
+        rows, cut = resegment(*given, lang=language)
+        found[f"marks/{language}"] = {
+            "scores": evaluate_instances(rows, compute_quality=False, is_longform=True)[0],
+            "cut": [row["prediction"] for row in cut], "pieces": {word: pieces(word) for word in words},
+        }  # fmt: skip
     found["cuts"] = cuts("omnisteval")
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,16 +86,19 @@ def figures(utterances: Sequence[Said], *, metrics: dict[str, Metric] | None = N
     ]
 
 
-def talk_figures(talks: Sequence[tuple[Said, Sequence[Sentence]]], *, counting: Counting = PLAIN) -> list[Figure]:
+def talk_figures(
+    talks: Sequence[tuple[Said, Sequence[Sentence]]], *, counting: Counting = PLAIN,
+    pieces: Callable[[str], Sequence[str]] | None = None,
+) -> list[Figure]:  # fmt: skip
     """Of long talks, sentence by sentence: StreamLAAL on the cut with the fewest word errors, the others on `Soft`'s.
 
     StreamLAAL (Papi et al. 2024, arXiv 2406.06097) is LAAL of each sentence that has any words. `finalisation` is the
-    end of the talk.
+    end of the talk. `pieces` are those of `Soft`.
     """
     letters = any(talk.unit == "char" for talk, _ in talks)
     errors, soft = (
         [said for talk, sentences in talks for said in resegmented(talk, sentences, segmenter, counting=counting)]
-        for segmenter in (WordErrors(pieces=latin_runs if letters else None), Soft(exact=letters))
+        for segmenter in (WordErrors(pieces=latin_runs if letters else None), Soft(exact=letters, pieces=pieces))
     )
     found = figures(errors, metrics={"StreamLAAL": lagging.length_adaptive_average_lagging})
     return [
