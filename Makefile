@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train bench-kernels bench-model aot-kernels clean
+.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train bench-kernels bench-model bench-simul aot-kernels clean
 
 demo: .venv/demo
 	$(BIN)/speechattn demo $(FILE) $(ARGS)
@@ -43,6 +43,10 @@ bench-model: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off av piper-tts
 	$(BIN)/python recipes/embedded/testsets.py data/embedded $(if $(KOKORO),--kokoro $(KOKORO))
 	$(BIN)/python benchmarks/model.py $(ARGS)
+
+# Latency-quality curves; ARGS="--translator models/MODEL --manifest STREAMS.jsonl.gz" adds those of a translator.
+bench-simul: .venv/dev
+	$(BIN)/python benchmarks/simul.py $(ARGS)
 
 # What the compiler makes of every kernel, for sm_80 and sm_90; ARGS="--default --op window".
 aot-kernels: .venv/dev

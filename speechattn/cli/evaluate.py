@@ -31,7 +31,7 @@ from speechattn.score.utterances import Utterance, read_utterances
 from speechattn.score.wer import NORMALISERS
 from speechattn.version import __version__
 
-__all__ = ["add_parser", "ears"]
+__all__ = ["add_parser", "changed", "command", "commit", "ears", "judged_by", "settings"]
 
 FREE = ("command", "run", "processes", "normaliser", "limit", "output_dir", "metric", "json")  # may change in between
 POLICY = ("policy", "frame_threshold", "attn_layer", "min_chunk_size")
@@ -208,10 +208,12 @@ def provenance(options: argparse.Namespace, evaluation: Evaluation) -> Mapping[s
 
 def command(options: argparse.Namespace) -> str:
     """The command line with all that was given or is usual."""
-    words = ["speechattn", "evaluate", options.model, options.manifest]
+    words = ["speechattn", options.command, options.model, options.manifest]
     for name, value in vars(options).items():
         if name not in ("command", "run", "model", "manifest") and value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            for each in value if isinstance(value, list) else [value]:  # an option that may come again and again
+                given = each if isinstance(each, tuple) else () if each is True else (each,)
+                words += [f"--{name.replace('_', '-')}", *map(str, given)]
     return shlex.join(words)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from speechattn.model import Recognizer
 from speechattn.score.utterances import Utterance
 from speechattn.search import Search
 
-__all__ = ["BySession", "Ears", "Heard", "Offline", "WholeUtterances", "listen"]
+__all__ = ["BySession", "Ears", "Heard", "Offline", "WholeUtterances", "listen", "streamed", "through"]
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,24 @@ def hear_live(ears: Ears, name: str, samples: Samples, rate: int, offline: str, 
     duration_s = len(samples) / rate
     if ears.session is None:
         return Heard(name, duration_s, offline, None, offline_s)
-    session, events, size = ears.session(), list[Event](), max(1, round(ears.chunk_s * rate))
-    began = time.perf_counter()
+    events, took = through(ears.session(), samples, rate, ears.chunk_s)
+    return streamed(Heard(name, duration_s, offline, None, offline_s), events, took)
+
+
+def through(session: Session, samples: Samples, rate: int, chunk_s: float) -> tuple[list[Event], float]:
+    """All that a session says of the samples [N], piece by piece, and the seconds of computing by its clock."""
+    events, size = list[Event](), max(1, round(chunk_s * rate))
+    began = session.clock()
     for at in range(0, len(samples), size):
         events += session.feed(samples[at : at + size], rate)
     events += session.finish()
-    took = time.perf_counter() - began
+    return events, session.clock() - began
+
+
+def streamed(said: Heard, events: Sequence[Event], took: float) -> Heard:
+    """The same with what a session said of it."""
     delays = [event.emitted_s - word.end for event in events for word in event.words]
-    return Heard(
-        name, duration_s, offline, "".join(event.committed for event in events).strip(), offline_s, took,
-        delay_s=sum(delays), words=len(delays), withheld=" ".join(event.withheld for event in events).strip(),
+    return replace(
+        said, streamed="".join(event.committed for event in events).strip(), streamed_s=took, delay_s=sum(delays),
+        words=len(delays), withheld=" ".join(event.withheld for event in events).strip(),
     )  # fmt: skip

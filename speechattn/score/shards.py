@@ -1,4 +1,4 @@
-"""Utterances heard in batches, by this process or by several."""
+"""Work in pieces, by this process or by several: utterances that are heard in batches, for one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -15,9 +16,12 @@ from speechattn.errors import InputError
 from speechattn.score.listening import Ears, Heard, listen
 from speechattn.score.utterances import Utterance
 
-__all__ = ["batches", "hear_all"]
+__all__ = ["batches", "hear_all", "shared_out"]
 
-EARS: list[Ears] = []  # of a worker process
+Tool = TypeVar("Tool")
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+TOOLS: list[Any] = []  # of a worker process
 
 
 def batches(utterances: Sequence[Utterance], *, seconds: float) -> list[list[Utterance]]:
@@ -41,26 +45,32 @@ def hear_all(
         disable=not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]",
     )  # fmt: skip
     with bar:
-        for batch, results in alone(ears, work) if processes == 1 else together(ears, work, processes):
+        for batch, results in shared_out(ears, work, heard, processes=processes):
             add(results)
             bar.update(sum(one.duration_s for one in batch))
 
 
-Results = Iterator[tuple[Sequence[Utterance], list[Heard]]]
+def heard(ears: Ears, batch: Sequence[Utterance]) -> list[Heard]:
+    """Both ways."""
+    return listen(ears, batch)
 
 
-def alone(ears: Callable[[], Ears], work: Sequence[Sequence[Utterance]]) -> Results:
-    """One batch after the other."""
-    both = ears()
-    for batch in work:
-        yield batch, listen(both, batch)
+def shared_out(
+    make: Callable[[], Tool], work: Sequence[Piece], do: Callable[[Tool, Piece], Result], *, processes: int = 1
+) -> Iterator[tuple[Piece, Result]]:
+    """Every piece of work and its result, in the order in which they are ready.
 
-
-def together(ears: Callable[[], Ears], work: Sequence[Sequence[Utterance]], processes: int) -> Results:
-    """Batches in the order in which they are ready; InputError when a process ends before its time."""
-    pool = ProcessPoolExecutor(min(processes, max(1, len(work))), multiprocessing.get_context("spawn"), begin, (ears,))
+    `do` gets a tool that `make` makes once in every process; with more than one both can be sent to others.
+    InputError when a process ends before its time.
+    """
+    if processes == 1:
+        tool = make()
+        for piece in work:
+            yield piece, do(tool, piece)
+        return
+    pool = ProcessPoolExecutor(min(processes, max(1, len(work))), multiprocessing.get_context("spawn"), begin, (make,))
     try:
-        jobs = {pool.submit(work_on, batch): batch for batch in work}
+        jobs = {pool.submit(work_on, do, piece): piece for piece in work}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
     except BrokenProcessPool as error:
@@ -72,12 +82,12 @@ def together(ears: Callable[[], Ears], work: Sequence[Sequence[Utterance]], proc
         pool.shutdown(cancel_futures=True)
 
 
-def begin(ears: Callable[[], Ears]) -> None:
+def begin(make: Callable[[], Any]) -> None:
     """A process of the pool loads its model; the parent alone answers to Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    EARS.append(ears())
+    TOOLS.append(make())
 
 
-def work_on(batch: Sequence[Utterance]) -> list[Heard]:
+def work_on(do: Callable[[Any, Any], Any], piece: Any) -> Any:
     """In a process of the pool."""
-    return listen(EARS[0], batch)
+    return do(TOOLS[0], piece)
