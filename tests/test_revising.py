@@ -325,6 +325,9 @@ class Everything:
     def accept(self, draft: Draft, source: Source, state: None) -> tuple[int, None]:
         return len(draft.tokens), None
 
+    def why(self, draft: Draft, source: Source, state: None, n: int) -> str:
+        return ""
+
 
 def test_what_comes_behind_the_end_that_is_in_sight_waits(exact: Recognizer) -> None:
     session = Session(exact, search=exact.search("aligned"), policy=Everything())
@@ -336,7 +339,7 @@ def test_what_comes_behind_the_end_that_is_in_sight_waits(exact: Recognizer) -> 
 
     def safe(end: int | None) -> int:
         assert isinstance(session.listener, Streaming)
-        return session.listener.safe(best, 3, Glimpse(80, 40, 9, end), draft)
+        return session.listener.safe(best, 3, Glimpse(80, 40, 9, end), draft)[0]
 
     assert [safe(end) for end in (None, 61, 60, 15, 5)] == [3, 3, 1, 1, 0]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ from speechattn.attention import Span
 from speechattn.attention.self_attention import set_span
 from speechattn.data.cuts import Utterance
 from speechattn.data.join import Join
+from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.letters import ALPHABET, Letters
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
@@ -121,7 +121,7 @@ def tokenizer() -> Pieces:
 def model(span: Span | None = None) -> Recognizer:
     """A small student of a random Whisper."""
     whisper = random_whisper(audio_context=500)
-    decoder = import_module("speechattn.decoder.attention").AttentionDecoder.soft(6, 40, 16, 2, 2)
+    decoder = AttentionDecoder.soft(6, 40, 16, 2, 2)
     return Recognizer(
         front_end(), streaming(whisper, span or Span.chunked(20, 5)),
         {"attention": decoder, "letters": Letters(16)}, tokenizer(),
@@ -154,11 +154,13 @@ def test_a_head_of_letters_needs_not_the_tokens_of_the_model(tmp_path: Path) -> 
 
 
 def import_student() -> Any:
-    sys.path.insert(0, str(ROOT / "recipes" / "embedded"))
-    try:
-        return import_module("student")
-    finally:
-        sys.path.pop(0)
+    """By its path: another recipe has a student, too."""
+    spec = spec_from_file_location("embedded_student", ROOT / "recipes" / "embedded" / "student.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_vocabulary_is_english() -> None:
