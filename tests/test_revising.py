@@ -16,7 +16,6 @@ from torch import nn
 
 from speechattn.attention import Span, set_span
 from speechattn.audio.resample import Samples
-from speechattn.encoder import Conformer
 from speechattn.encoder.revising import Revising
 from speechattn.errors import ModelError
 from speechattn.frames import Frames
@@ -30,7 +29,7 @@ from speechattn.pretrained.whisper.streaming import Flow, StreamingEncoder
 from speechattn.score.wer import word_errors
 from speechattn.search import Beam, Draft, Hypothesis
 from speechattn.search.aligned import AlignedGreedy
-from speechattn.stream import Delay, Serial
+from speechattn.stream import Delay, Serial, Stream
 from speechattn.testing import check_export, check_stream, oracle, random_frames
 
 RATE = 16000
@@ -352,16 +351,20 @@ def test_all_windows_at_once(left: int | None, chunk: int, revise: int) -> None:
     assert torch.equal(stream.at_once(x).mask, x.mask)
     parameters, weight = list(stream.parameters()), torch.randn(8).double()
     both = [torch.autograd.grad((said.values @ weight).square().sum(), parameters)
-            for said in (stream.at_once(x), stream(x))]  # fmt: skip
+            for said in (stream.at_once(x), Stream.at_once(stream, x))]  # fmt: skip
     for mine, theirs in zip(*both, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-9)
     assert stream.plan().block == chunk - revise  # the span is the usual one again
 
 
-def test_what_cannot_be_read_at_once() -> None:
-    conformer = Conformer(8, 8, 1, 2, 16, span=Span.chunked(8, 6), kernel=3)
-    with pytest.raises(ValueError, match="without positions"):
-        Revising(conformer.layers, 2).at_once(random_frames([8], 8))
+@pytest.mark.usefixtures("precise")
+def test_layers_that_differ_are_read_step_by_step() -> None:
+    body, x = layers(Span.chunked(8, 6)), random_frames([26, 19], 8)
+    body.layers.members[1].attention.first.span = Span.chunked(5, 6)
+    stream = Revising(body, 2).eval()
+    with torch.no_grad():
+        stepped = stream(x)
+    assert torch.allclose(stream.at_once(x).values, stepped.values, atol=1e-9)
 
 
 @pytest.mark.usefixtures("precise")
