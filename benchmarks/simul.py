@@ -7,8 +7,9 @@
 Stages: `metrics` (golden vectors; what SimulEval, OmniSTEval and simulstream said of the logs in `tests/latency`),
 `window` (Whisper tiny.en, which encodes again at every look) and `stream` (the shipped model) on joined dialogues of
 FOTAQ's test split, the first `--streams` of 36 (5 or more have all five characters); `translator` where a model is
-given; `cost` of a decision. Logs stay in `--output-dir`, and a run that was cut off goes on there. Computing is counted
-in processor time, so that two processes can share the work. Intervals are 95 % bootstraps over streams, in pairs.
+given; `cost` of a decision; `hour`: tiny.en under StreamAtt's history for an hour in which no pause ends anything. Logs
+stay in `--output-dir`, and a run that was cut off goes on there. Computing is counted in processor time, so that two
+processes can share the work. Intervals are 95 % bootstraps over streams, in pairs.
 """
 
 from __future__ import annotations
@@ -17,20 +18,30 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+from model_runs import through
 from report import Report
 from simul_cost import costs
 from simul_metrics import golden, golden_policies, tools
 
+from speechattn import Session, load_model
+from speechattn.audio.vad import AlwaysSpeech
 from speechattn.cli.curves import Curves, curves, tell, write
 from speechattn.cli.main import parser as command_line
-from speechattn.data.fotaq import default_folder, prepare
+from speechattn.data.fotaq import default_folder, prepare, read_split
 from speechattn.data.prepare.joined import write_streams
 from speechattn.data.streams import read_word_ends
+from speechattn.live.windowed import Settings
 from speechattn.model.load import DEFAULT
+from speechattn.policy.stream_att import Words
 from speechattn.score.curves_plot import by_curve
 from speechattn.score.metrics import compared
+from speechattn.score.wer import word_errors
 
-STAGES = ("metrics", "window", "stream", "translator", "cost")
+sys.path.append(str(Path(__file__).parents[1] / "recipes" / "embedded"))
+import testsets
+
+STAGES = ("metrics", "window", "stream", "translator", "cost", "hour")
 SWEEPS = {
     "window": {
         "alignatt": "5,20,50,150", "local-agreement:min-chunk-size": "0.5,1,2,3", "wait-k": "1,3,6",
@@ -46,6 +57,7 @@ SWEEPS = {
     },
 }  # fmt: skip
 FAST = {"window": "min-chunk-size=1,2", "stream": "chunk-ms=320,640", "translator": "min-chunk-size=1,2"}
+LOOK_MS = 20  # processor time of a piece of sound at which the model looked
 RIVALS = ("local-agreement", "wait-k")
 
 
@@ -119,6 +131,24 @@ def report_metrics(report: Report) -> None:
         report.row(f"agreement_{tool}", difference, "", note, "at most 1e-6", lambda v: v <= 1e-6)
 
 
+def report_hour(report: Report, given: argparse.Namespace) -> None:
+    """Does StreamAtt's history bound what is kept, where no pause ever ends an utterance?"""
+    lines = read_split(prepare(given.fotaq or default_folder(), ("dev",)), "dev")
+    stream = testsets.hour(lines, 2.0 if given.fast else 60.0)
+    settings = Settings(history=Words(20), max_window_s=28.0)
+    heard = through(Session(load_model("tiny.en"), settings=settings, vad=AlwaysSpeech()), stream.samples)
+    looks = [[ms for ms in part if ms > LOOK_MS] for part in np.array_split(np.array(heard.step_ms), 4)]
+    first, last = (float(np.mean(part)) for part in (looks[0], looks[-1]))
+    note = f"mean look of the last quarter / of the first: {last:.0f} and {first:.0f} ms; {heard.seconds / 60:.0f} min"
+    report.row("hour_step_growth", last / first, "x", note, "flat: at most 1.1", lambda v: v <= 1.1)
+    memory = heard.megabytes[2:] if len(heard.megabytes) > 3 else heard.megabytes
+    slope = 60 * float(np.polyfit(range(len(memory)), memory, 1)[0]) if len(memory) > 1 else 0.0
+    note = f"slope from minute 2 on; {memory[0]:.0f} MB then, {memory[-1]:.0f} at the end"
+    report.row("hour_memory_slope", slope, "MB/h", note, "flat: at most 20", lambda v: v <= 20)
+    whole = word_errors([stream.text], [heard.text])
+    report.row("hour_wer", 100 * whole.rate, "%", f"{whole}; FOTAQ dev, {len(stream.lines)} clips, again and again")
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,6 +176,8 @@ def main() -> None:
         report_curves(report, "translator", measured(given, "translator", given.translator, given.manifest))
     if "cost" in stages:
         costs(report, fast=given.fast)
+    if "hour" in stages:
+        report_hour(report, given)
     report.print()
 
 
