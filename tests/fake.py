@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from speechattn.frames import Frames, Memory
+from speechattn.live import Event
 from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
 from speechattn.search import Draft
@@ -130,3 +132,13 @@ class Reordering(FakeModel):
             distance = torch.arange(n) - min(n - 1, max(0, int(middle / self.frame_s + 1e-6)))
             weights[0, row + 1] += (-distance.square() / 20).exp()
         return Draft(torch.tensor(new, dtype=torch.long), torch.full((len(new),), -0.1), weights, heads, first, True)
+
+
+def draft(n: int, **more: Any) -> Draft:
+    """Tokens 0 to n - 1, of which nobody looks at anything."""
+    return Draft(torch.arange(n), torch.zeros(n), torch.zeros(0, n + 1, 9), (), 0, True, **more)
+
+
+def said(events: Sequence[Event]) -> str:
+    """All that was committed."""
+    return "".join(event.committed for event in events)

@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from fake import FakeModel
+from fake import RATE, FakeModel, draft, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from speechattn import load_model
+from speechattn.audio.vad import AlwaysSpeech
 from speechattn.cli.policies import POLICIES, SETTINGS, build_policy, build_streaming_policy
 from speechattn.cross.monotonic import MoChA
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
 from speechattn.errors import InputError
 from speechattn.frames import Frames, Memory
-from speechattn.live import Event, Session, Settings, StreamSettings
+from speechattn.live import Session, Settings, StreamSettings
 from speechattn.live.heard import SourceWords
 from speechattn.model import Recognizer
 from speechattn.policy import Source
@@ -40,26 +41,8 @@ from speechattn.search.greedy import Greedy
 from speechattn.text.pieces import Pieces
 
 FOLDER = Path(__file__).parent / "digits"
-RATE, ENDS = 16000, [0.6 + 0.45 * i for i in range(12)]
+ENDS = [0.6 + 0.45 * i for i in range(12)]
 GO, END = Source(50, 0.02, finished=False), Source(50, 0.02, finished=True)
-
-
-class Speech:
-    """All sound is speech."""
-
-    def __call__(self, frame: np.ndarray) -> float:
-        return 1.0
-
-    def reset(self) -> None:
-        """Nothing to forget."""
-
-
-def draft(n: int, **more: Any) -> Draft:
-    return Draft(torch.arange(n), torch.zeros(n), torch.zeros(0, n + 1, 9), (), 0, True, **more)
-
-
-def said(events: Sequence[Event]) -> str:
-    return "".join(event.committed for event in events)
 
 
 LETTERS = Pieces(["<blank>", *" abc"])
@@ -203,7 +186,7 @@ def test_a_window_counts_words_that_left_it(max_window_s: float) -> None:
     model = FakeModel(ENDS)
     policy = Noting(1, model.tokenizer.words, counter=Clock(model))  # type: ignore[arg-type]
     made = Session(
-        model, policy=policy, vad=Speech(),
+        model, policy=policy, vad=AlwaysSpeech(),
         settings=Settings(min_chunk_s=0.5, max_window_s=max_window_s, history_words=2),
     )  # fmt: skip
     events = made.feed(np.full(6 * RATE, 0.1, np.float32), RATE) + made.finish()

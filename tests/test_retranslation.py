@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from fake import FakeModel
+from fake import RATE, FakeModel, draft, said
 from spelling import Speller, sound
 
+from speechattn.audio.vad import AlwaysSpeech
 from speechattn.live import Event, Session, Settings, StreamSettings
 from speechattn.policy import Policy, Source
 from speechattn.policy.local_agreement import LocalAgreement
 from speechattn.policy.retranslation import Retranslation
 from speechattn.score.latency.erasure import erasure
 from speechattn.score.latency.logs import read_log
-from speechattn.search import Draft
 
-RATE, ENDS = 16000, [0.6 + 0.45 * i for i in range(12)]
+ENDS = [0.6 + 0.45 * i for i in range(12)]
 GO, END = Source(50, 0.02, finished=False), Source(50, 0.02, finished=True)
 
 
-class Speech:
-    """All sound is speech."""
-
-    def __call__(self, frame: np.ndarray) -> float:
-        return 1.0
-
-    def reset(self) -> None:
-        """Nothing to forget."""
-
-
-def draft(n: int, **more: Any) -> Draft:
-    return Draft(torch.arange(n), torch.zeros(n), torch.zeros(0, n + 1, 9), (), 0, True, **more)
-
-
-def said(events: Sequence[Event]) -> str:
-    return "".join(event.committed for event in events)
-
-
 def listened(policy: Policy, seconds: float = 6.0, **changes: Any) -> list[Event]:
-    made = Session(FakeModel(ENDS), policy=policy, settings=Settings(min_chunk_s=0.5, **changes), vad=Speech())
+    made = Session(FakeModel(ENDS), policy=policy, settings=Settings(min_chunk_s=0.5, **changes), vad=AlwaysSpeech())
     return made.feed(np.full(round(seconds * RATE), 0.1, np.float32), RATE) + made.finish()
 
 
