@@ -22,13 +22,15 @@ from speechattn.attention.self_attention import set_span
 from speechattn.data.cuts import Utterance
 from speechattn.data.join import Join
 from speechattn.decoder.attention import AttentionDecoder
+from speechattn.decoder.ctc import CTC
 from speechattn.decoder.letters import ALPHABET, Letters
 from speechattn.errors import ModelError
 from speechattn.frames import Frames, Memory
 from speechattn.model import Recognizer, load_model
 from speechattn.model.folder import from_config, save_model
 from speechattn.pretrained.whisper.features import FrontEnd
-from speechattn.pretrained.whisper.streaming import front_end, streaming
+from speechattn.pretrained.whisper.streaming import StreamingEncoder, front_end, streaming
+from speechattn.task.objectives import CTCObjective
 from speechattn.text.normal import normaliser
 from speechattn.text.pieces import BLANK, END, UNKNOWN, Pieces
 
@@ -322,3 +324,27 @@ def test_a_whole_student_hears_everything() -> None:
     assert made.listening.plan().block is None
     set_span(made.encoder, Span.chunked(20, 5))
     assert made.listening.plan().block == 1600
+
+
+@pytest.mark.parametrize("name", ["joint", "letters"])
+def test_every_chunk_of_a_recipe_brings_new_frames(name: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    folder = ROOT / "recipes/embedded/encoder"
+    joint, recipe = (yaml.safe_load((folder / f"{each}.yaml").read_text()) for each in ("joint", name))
+    revise = joint["model"]["init_args"]["encoder"]["init_args"]["revise"]
+    assert min(recipe["model"]["init_args"]["spans"]["init_args"]["chunks"]) > revise
+
+
+def test_a_chunk_without_new_frames_is_refused_before_training(tmp_path: Path) -> None:
+    task, chunks = pytest.importorskip("speechattn.task.recognizer"), pytest.importorskip("speechattn.task.chunks")
+    Pieces([BLANK, UNKNOWN, "a"]).save(tmp_path)
+    parts = {"ctc": CTC(8, 3)}
+
+    def made(chunk: int) -> Any:
+        encoder = StreamingEncoder(80, 8, 1, 2, span=Span.chunked(20, 8), revise=4)
+        return task.Recognizer(front_end(), encoder, parts, str(tmp_path), [CTCObjective()],
+                               spans=chunks.DynamicChunks([chunk], [20], 0.0))  # fmt: skip
+
+    assert made(5).model.encoder.revise == 4
+    with pytest.raises(ValueError, match="nothing is new"):
+        made(4)

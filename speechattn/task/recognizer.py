@@ -91,6 +91,8 @@ class Recognizer(Task):
         if spans is not None:  # says now which span the encoder cannot honour, not in the step that draws it
             for span in {spans.draw(torch.Generator().manual_seed(seed)) for seed in range(100)}:
                 set_span(encoder, span)
+                if encoder.revise:
+                    self.model.listening.plan()
             for module, own in self.own_spans:
                 module.span = own
 
