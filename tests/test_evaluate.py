@@ -33,6 +33,7 @@ from speechattn.cli.options import add_model_options
 from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.model import Recognizer, load_model
+from speechattn.policy.hold import Hold
 from speechattn.pretrained.whisper import WhisperModel
 from speechattn.score import listening, shards
 from speechattn.score.evaluation import Evaluation, write_texts
@@ -485,6 +486,13 @@ def test_texts_with_line_ends_stay_aligned(tmp_path: Path) -> None:
     assert (tmp_path / "hypotheses.offline.txt").read_text() == "one two\n\n"
     assert found.figures["WER"].offline.value == 0
     assert found.figures["WER"].offline.n == 1  # without a reference nothing counts
+
+
+def test_a_stream_is_heard_by_the_policy_that_was_asked_for(manifest: Path) -> None:
+    asked = options([str(FOLDER), str(manifest), "--search", "ctc", "--policy", "hold-n", "--hold-n", "3"])
+    session = evaluate.ears(asked).session
+    assert session is not None
+    assert session().listener.policy == Hold(3)
 
 
 def test_phrases_are_preferred_both_ways(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,7 +133,8 @@ def ears(options: argparse.Namespace) -> Ears:
         assert isinstance(listener, Streaming)
         search, how = listener.search, listener.settings
         return Ears(
-            WholeUtterances(model, search), lambda: Session(model, settings=how, search=search),
+            WholeUtterances(model, search),
+            lambda: Session(model, policy=listener.policy, settings=how, search=search),
             model.sample_rate, options.chunk,
         )  # fmt: skip
     given = {"beam_size": options.beam_size} if options.beam_size is not None else {}
