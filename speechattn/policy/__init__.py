@@ -17,8 +17,8 @@ class Source:
     will come.
 
     `paused`: the newest frames hold no speech, so that no word is cut off at their end; never said of a translation,
-    whose words may depend on what follows. `words`: how many words were
-    heard, for a policy that counts them (`adaptive.Counts`); None where nobody does.
+    whose words may depend on what follows. `words`: how many words were heard, for a policy that counts them
+    (`adaptive.Counts`); None where nobody does.
     """
 
     frames: int
