@@ -39,7 +39,7 @@ from speechattn.search.greedy import Greedy
 from speechattn.search.looks import monotone
 from speechattn.search.loops import loop_end, loop_start
 
-DIM, VOCAB, END, EDGE, BACK = 8, 12, 11, 2, 6
+DIM, VOCAB, END, EDGE, BACK, REACH = 8, 12, 11, 2, 3, 4
 NEVER, INSIDE = (0,), (1, 2, 3)  # never said; not at the beginning of a word
 HEADS = ((0, 1), (1, 0))
 FOLDER = Path(__file__).parent / "digits"
@@ -62,7 +62,16 @@ def decoder(seed: int, context: int = 60, **options: Any) -> AttentionDecoder:
 
 
 def aligned(made: AttentionDecoder, **options: Any) -> AlignedGreedy:
-    given = {"never": NEVER, "never_next": INSIDE, "edge": EDGE, "rewind": BACK, "most": 0.5, "spare": 2, **options}
+    given = {
+        "never": NEVER,
+        "never_next": INSIDE,
+        "edge": EDGE,
+        "back": BACK,
+        "reach": REACH,
+        "most": 0.5,
+        "spare": 2,
+        **options,
+    }
     return AlignedGreedy(made, sos=END, eos=END, **given)
 
 
@@ -76,19 +85,21 @@ class Loops:
     """One row in plain Python, which keeps nothing but texts and frames.
 
     `read` are the tokens whose keys and values stay, each with the frames that were seen when they were made: they are
-    made anew from the beginning, one by one, whenever something is said. Frames `ahead` are seen, and not kept.
+    made anew from the beginning, one by one, whenever something is said. Frames `ahead` are seen, and not kept. Every
+    token is said of a window of the frames; keys and values too far from it are as if they had not been read.
     """
 
     decoder: AttentionDecoder
     frames: list[Tensor] = field(default_factory=list)
     ahead: list[Tensor] = field(default_factory=list)
-    read: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    read: list[tuple[int, list[Tensor], int, int]] = field(default_factory=list)
     last: int = END
     committed: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     looks: list[Tensor] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
+    views: list[tuple[int, int]] = field(default_factory=list)
     far: int = 0
     most: float = 0.5
     spare: int = 2
@@ -97,29 +108,46 @@ class Loops:
     def shown(self) -> list[Tensor]:
         return [*self.frames, *self.ahead]
 
-    def seen(self, frames: list[Tensor]) -> Any:
-        return self.decoder.start(Memory.of(Frames(torch.stack(frames)[None], torch.ones(1, len(frames)) > 0)))
+    def seen(self, frames: list[Tensor], first: int = 0, end: int | None = None) -> Any:
+        mask = torch.zeros(1, len(frames), dtype=torch.bool)
+        mask[:, max(0, first) : end] = True
+        return self.decoder.start(Memory.of(Frames(torch.stack(frames)[None], mask)))
 
     def speak(self, *, whole: bool = False) -> None:
         n, shown = len(self.shown), self.shown
         state = self.seen(shown)
-        for token, frames in self.read:
-            state = replace(state, cross=self.seen(frames).cross)
+        for token, frames, first, end in self.read:
+            state = replace(state, cross=self.seen(frames, first, end).cross)
             _, _, state = self.decoder.step(torch.tensor([[token]]), state)
-        state = replace(state, cross=self.seen(shown).cross)
-        self.tokens, self.log_probs, self.looks, self.peaks = [], [], [], []
+        self.tokens, self.log_probs, self.looks, self.peaks, self.views = [], [], [], [], []
         far = self.far
         token, most = self.last, int(self.most * n) + self.spare - len(self.committed)
         while True:
-            hidden, look, state = self.decoder.step(torch.tensor([[token]]), state, heads=HEADS)
+            wider = 0
+            while True:
+                first = 0
+                while first + REACH // 2 <= far - BACK:
+                    first += REACH // 2
+                end = 0
+                while end < far + REACH:
+                    end += REACH // 2
+                end += wider
+                state = replace(state, cross=self.seen(shown, first, end).cross)
+                hidden, look, after = self.decoder.step(torch.tensor([[token]]), state, heads=HEADS)
+                scores = self.decoder.logits(hidden[0, 0])
+                banned = [*NEVER, *(INSIDE if self.committed and not self.tokens else ())]
+                scores = scores.index_fill(0, torch.tensor(banned), -torch.inf).log_softmax(0)
+                best = int(scores.argmax())
+                peak = int(look[0, :, 0].mean(0).argmax())
+                late = min(n, end) - 1 - peak < EDGE
+                over = best == END or peak < far - BACK
+                if end >= n or not (late or over):
+                    break
+                wider += REACH // 2
+            token, state = best, after
             self.looks.append(look[0, :, 0])
-            scores = self.decoder.logits(hidden[0, 0])
-            banned = [*NEVER, *(INSIDE if self.committed and not self.tokens else ())]
-            scores = scores.index_fill(0, torch.tensor(banned), -torch.inf).log_softmax(0)
-            token = int(scores.argmax())
-            peak = int(look[0, :, 0].mean(0).argmax())
-            late = n - 1 - peak < EDGE
-            if token == END or (late and not whole) or peak < far - BACK or len(self.tokens) >= most:
+            self.views.append((first, end))
+            if over or (late and not whole) or len(self.tokens) >= most:
                 return
             far = far if late else max(far, peak)
             self.peaks.append(peak)
@@ -133,11 +161,12 @@ class Loops:
 
     def commit(self, n: int) -> None:
         if n:
-            self.read += [(token, self.shown) for token in [self.last, *self.tokens[: n - 1]]]
+            said = zip([self.last, *self.tokens[: n - 1]], self.views, strict=False)
+            self.read += [(token, self.shown, *view) for token, view in said]
             self.last = self.tokens[n - 1]
             self.committed += self.tokens[:n]
             self.far = max(self.far, *self.peaks[:n])
-            del self.tokens[:n], self.log_probs[:n], self.looks[:n], self.peaks[:n]
+            del self.tokens[:n], self.log_probs[:n], self.looks[:n], self.peaks[:n], self.views[:n]
 
 
 def compare(search: AlignedGreedy, beam: Beam, rows: list[Loops]) -> None:
@@ -208,7 +237,7 @@ def test_drafts_are_those_of_loops_that_read_all_anew(
 @given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(0, 20), max_size=5))
 def test_a_text_that_is_not_committed_is_that_of_the_whole_memory(seed: int, cuts: list[int]) -> None:
     made = decoder(seed)
-    search, x = aligned(made, most=9.0, spare=30, rewind=99), utterances(2, 20, holes=False)
+    search, x = aligned(made, most=9.0, spare=30, back=99, reach=99), utterances(2, 20, holes=False)
     beam = search.start(x)
     for a, b in itertools.pairwise([0, *sorted(cuts), 20]):
         beam = search.step(x[a:b], beam)
@@ -263,7 +292,7 @@ def test_a_loop_is_said_once() -> None:
     assert made.output is not None
     made.output.weight.zero_()
     made.output.bias.copy_(torch.arange(VOCAB) == 5)  # 5, for ever
-    search, x = aligned(made, edge=0, most=9.0, spare=30, rewind=99), utterances(2, 10)
+    search, x = aligned(made, edge=0, most=9.0, spare=30, back=99, reach=99), utterances(2, 10)
     beam = search.step(x, search.start(x))
     assert [h[0].tokens for h in search.hypotheses(beam)] == [(5,), (5,)]
     beam = search.commit(beam, torch.tensor([1, 0]))
@@ -289,7 +318,7 @@ def test_a_search_without_room_says_nothing_more(memory: int, context: int) -> N
     made = decoder(5, context)
     assert made.output is not None
     made.output.bias.data[END] -= 9.0  # never the end
-    search, sizes, rooms = aligned(made, edge=0, memory=memory, spare=8), [], []
+    search, sizes, rooms = aligned(made, edge=0, memory=memory, spare=8, back=99, reach=99), [], []
     x = utterances(2, 8)
     beam = search.start(x)
     for _ in range(30):

@@ -48,9 +48,11 @@ class AlignedGreedy(Search):
     """The most probable token, again and again, behind what was committed; anew whenever frames were heard.
 
     The draft ends at the end of the text, at a token whose mean alignment peaks in the last `edge` frames that were
-    heard (it is about a sound that still goes on; the condition of AlignAtt, arXiv 2305.11408) or more than `rewind`
-    frames before another one's (it is said again), before a second round of a loop, and at `spare` tokens and `most`
-    for each frame. No frames will follow `finish`: there is no edge.
+    heard (it is about a sound that still goes on; the condition of AlignAtt, arXiv 2305.11408), before a second round
+    of a loop, and at `spare` tokens and `most` for each frame. No frames will follow `finish`: there is no edge.
+
+    A token sees about `back` frames before and `reach` behind the last peak of those before it, and more where there is
+    nothing to say of these (`Speaker`): with all in sight the text jumps over clauses where much of it waits.
 
     The tokens of the draft before are read in one pass, and kept as far as they would be said again. Law: such a guess
     changes the time that a search takes, never its result. Committed tokens keep what they made of the frames that
@@ -60,21 +62,22 @@ class AlignedGreedy(Search):
     committed. When `memory` frames were read or the decoder's context is full, nothing more is heard or said: `room`
     tells before. The rows of at most `history` committed tokens are kept for those who compare tokens.
 
-    A translation `reorders`: it may look back, and every token has the time where it looks.
+    A translation `reorders`: it sees all, and every token has the time where it looks.
     """
 
     def __init__(
         self, decoder: AttentionDecoder, *, sos: int, eos: int, never: Sequence[int] = (),
-        never_next: Sequence[int] = (), edge: int = 4, rewind: int = 40, most: float = 0.16, spare: int = 10,
-        memory: int = 1500, history: int = 24,
+        never_next: Sequence[int] = (), edge: int = 4, back: int = 40, reach: int = 64, most: float = 0.16,
+        spare: int = 10, memory: int = 1500, history: int = 24,
     ) -> None:  # fmt: skip
         if wrong := [i for i, layer in enumerate(decoder.layers) if not isinstance(layer.cross, Soft)]:
             raise ValueError(f"cross attention in layers {wrong} is not soft: a token cannot be taken back there")
-        if min(edge, rewind, memory - 1, history) < 0:
-            raise ValueError(f"edge {edge}, rewind {rewind}, memory {memory}, history {history}: too few")
+        if min(edge, back, reach - 1, memory - 1, history) < 0:
+            raise ValueError(f"edge {edge}, back {back}, reach {reach}, memory {memory}, history {history}: too few")
         self.decoder, self.sos, self.eos = decoder, sos, eos
         self.heads, self.peeks = decoder.alignment_heads, True
-        self.edge, self.rewind, self.most, self.spare, self.history = edge, rewind, most, spare, history
+        self.edge, self.back, self.reach = edge, back, reach
+        self.most, self.spare, self.history = most, spare, history
         table = decoder.memory_positions
         self.memory = memory if table is None else min(memory, len(table))
         self.context = decoder.context - decoder.opened
@@ -85,7 +88,8 @@ class AlignedGreedy(Search):
     def translating(self) -> AlignedGreedy:
         """The same for a translation: drafts go on to the end of the text, wherever they look."""
         made = copy(self)
-        made.reorders, made.edge, made.rewind, made.most = True, 0, self.memory, max(1.0, self.most)
+        made.reorders, made.edge, made.most = True, 0, max(1.0, self.most)
+        made.back = made.reach = self.memory
         return made
 
     def start(self, x: Frames) -> Beam:
@@ -180,27 +184,23 @@ class AlignedGreedy(Search):
         state = beam.state
         decoder = tidied(kept(state.decoder, state.done + self.decoder.opened))
         speakers = self._speakers(beam)
-        block = self._guess(speakers, state)
         rows, used = list[Tensor](), list[Tensor]()
-        begins = state.done > 0
-        while True:
-            hidden, seen, decoder = self.decoder.step(block, decoder, heads=self.heads)
-            count = self._follow(speakers, hidden, seen, state.decoder.cross[0].mask, begins, whole=whole)
+        while any(row.speaks for row in speakers):
+            block, sight = self._block(speakers, state), self._sight(speakers, state)
+            cross = tuple(replace(c, mask=sight) for c in state.decoder.cross)
+            hidden, seen, decoder = self.decoder.step(block, replace(decoder, cross=cross), heads=self.heads)
+            count = self._follow(speakers, hidden, seen, state, sight, whole=whole)
             there = torch.arange(block.shape[1], device=block.device) < count[:, None]
             decoder = without(decoder, there)
+            decoder = tidied(decoder) if block.shape[1] > 1 else decoder
             rows.append(seen.transpose(1, 2))
             used.append(there)
-            if not any(row.speaks for row in speakers):
-                break
-            begins = torch.zeros_like(begins)
-            block = torch.tensor([[row.tokens[-1] if row.speaks else 0] for row in speakers], device=block.device)
-        n = torch.tensor([len(row.tokens) for row in speakers], device=block.device)
+        n = torch.tensor([len(row.tokens) for row in speakers], device=state.done.device)
         decoder = kept(decoder, state.done + n + 1 + self.decoder.opened)
         looked = self._looked(state, torch.cat(rows, 1), torch.cat(used, 1), n)
         said = self._prefixes(speakers, replace(state, looked=looked), beam.said)
-        state = replace(
-            state, decoder=replace(decoder, place=state.decoder.place), looked=looked, shown=state.heard
-        )  # fmt: skip
+        decoder = replace(state.decoder, cache=decoder.cache)
+        state = replace(state, decoder=decoder, looked=looked, shown=state.heard)
         return replace(beam, said=said, score=said.log_probs.sum(2), state=state)
 
     def _speakers(self, beam: Beam) -> list[Speaker]:
@@ -213,31 +213,41 @@ class AlignedGreedy(Search):
         ):  # fmt: skip
             most = min(int(self.most * heard) + self.spare, self.context - 1) - done
             most = 0 if not heard or done >= self.longest else max(0, most)
-            told = [token for token in told if token >= 0]
-            speakers.append(Speaker(told, tokens[: min(length, most)], most, far, self.rewind))
+            told, guess = [token for token in told if token >= 0], tokens[: min(length, most)]
+            speakers.append(Speaker(told, guess, most, far, heard, self.back, self.reach, self.edge))
         return speakers
 
-    def _guess(self, speakers: list[Speaker], state: AlignedState) -> Tensor:
-        """The last committed token and the guess behind it [B, 1 + U]."""
+    def _block(self, speakers: list[Speaker], state: AlignedState) -> Tensor:
+        """The last token of each row, and the guess behind it [B, 1 + U]."""
         room = self.context - 1 - int(state.done.max())
-        for row in speakers:
-            del row.guess[room:]
-        most = max(len(row.guess) for row in speakers)
-        guess = [row.guess + [0] * (most - len(row.guess)) for row in speakers]
-        block = torch.tensor(guess, dtype=torch.long, device=state.last.device).view(len(speakers), most)
-        return torch.cat([state.last[:, None], block], 1)
+        guesses = [row.guess[: max(0, room - len(row.tokens))] if row.speaks else [] for row in speakers]
+        for row, guess in zip(speakers, guesses, strict=True):
+            row.guess = guess
+        most = max(map(len, guesses))
+        last = [row.tokens[-1] if row.tokens else old for row, old in zip(speakers, state.last.tolist(), strict=True)]
+        block = [[token, *guess, *[0] * (most - len(guess))] for token, guess in zip(last, guesses, strict=True)]
+        return torch.tensor(block, device=state.last.device)
+
+    def _sight(self, speakers: list[Speaker], state: AlignedState) -> Tensor:
+        """The frames that each row sees now [B, T]."""
+        mask = state.decoder.cross[0].mask
+        number = mask.cumsum(1) - 1
+        first, end = torch.tensor([row.view for row in speakers], device=mask.device).T[..., None]
+        sight: Tensor = mask & (number >= first) & (number < end)
+        return sight
 
     def _follow(
-        self, speakers: list[Speaker], hidden: Tensor, seen: Tensor, mask: Tensor, begins: Tensor, *, whole: bool
+        self, speakers: list[Speaker], hidden: Tensor, seen: Tensor, state: AlignedState, sight: Tensor, *, whole: bool
     ) -> Tensor:
         """Let those who speak go on by what was found [B, U, D] -> how many of the U tokens were read rightly [B]."""
-        log_probs, tokens = self._best(hidden, begins)
-        number = mask.cumsum(1)
-        peaks = number.gather(1, seen.float().mean(1).masked_fill(~mask[:, None], -1.0).argmax(-1)) - 1
-        late = peaks >= number[:, -1:] - self.edge
-        stops = tokens == self.eos if whole else (tokens == self.eos) | late
-        found = zip(*(x.tolist() for x in (tokens, log_probs, stops, peaks, late)), strict=True)
-        counts = [row.follow(*each) if row.speaks else 0 for row, each in zip(speakers, found, strict=True)]
+        begins = [not row.tokens and done > 0 for row, done in zip(speakers, state.done.tolist(), strict=True)]
+        log_probs, tokens = self._best(hidden, torch.tensor(begins, device=hidden.device))
+        number = state.decoder.cross[0].mask.cumsum(1)
+        peaks = number.gather(1, seen.float().mean(1).masked_fill(~sight[:, None], -1.0).argmax(-1)) - 1
+        found = zip(*(x.tolist() for x in (tokens, log_probs, tokens == self.eos, peaks)), strict=True)
+        counts = [
+            row.follow(*each, whole=whole) if row.speaks else 0 for row, each in zip(speakers, found, strict=True)
+        ]
         return torch.tensor(counts, device=hidden.device)
 
     def _best(self, hidden: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:

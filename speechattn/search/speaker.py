@@ -15,30 +15,51 @@ RECENT = 3 * LONGEST  # committed tokens in which a loop may have begun
 class Speaker:
     """One row while it speaks: its `tokens`, at most `most`, behind those that were `told`; `guess` may be them.
 
-    `far` is the last frame where a token had its peak; none may have it before frame `far - rewind`.
+    Of the frames that were `heard` it sees those around `far`, the last one where a token had its peak: `back` before
+    it and `reach` behind it, both up to where half a reach begins or ends. It sees more (`wider`) where it finds the
+    end of the text, or a peak in the last `edge` frames (that may be about a sound that goes on) or more than `back`
+    before `far` (that is said again). Of all that was heard this ends the draft.
     """
 
     told: list[int]
     guess: list[int]
     most: int
     far: int
-    rewind: int
+    heard: int
+    back: int
+    reach: int
+    edge: int
+    wider: int = 0
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     speaks: bool = True
 
-    def follow(
-        self, tokens: list[int], log_probs: list[float], stops: list[bool], peaks: list[int], late: list[bool]
-    ) -> int:
-        """Say `tokens`, as far as the guess behind which they were found is right -> how many came into question.
+    @property
+    def view(self) -> tuple[int, int]:
+        """The first frame that it sees, and the last plus one."""
+        step = max(1, self.reach // 2)
+        end = -((self.far + self.reach) // -step) + self.wider
+        return (self.far - self.back) // step * step, min(self.heard, end * step)
 
-        What is `late` looks at the end of the sound, and says nothing of how far the text is.
+    def follow(
+        self, tokens: list[int], log_probs: list[float], ends: list[bool], peaks: list[int], *, whole: bool
+    ) -> int:
+        """Say `tokens`, which were found in this view, as far as the guess behind which they were is right -> how many
+        came into question. Of the `whole` text nothing is about a sound that goes on.
         """
-        guess, self.guess = self.guess, []
-        for i, found in enumerate(zip(tokens, log_probs, stops, strict=True)):
-            self._say(found[0], found[1], found[2] or peaks[i] < self.far - self.rewind)
-            self.far = self.far if late[i] else max(self.far, peaks[i])
-            if not self.speaks or i >= len(guess) or guess[i] != found[0]:
+        guess, self.guess, view = self.guess, [], self.view
+        for i, (token, log_prob, end, peak) in enumerate(zip(tokens, log_probs, ends, peaks, strict=True)):
+            late, end = peak >= view[1] - self.edge, end or peak < self.far - self.back
+            if (end or late) and view[1] < self.heard:
+                self.guess, self.wider = guess[i:], self.wider + 1
+                return i
+            self.wider, right = 0, i < len(guess) and guess[i] == token
+            self._say(token, log_prob, end or (late and not whole))
+            self.far = self.far if late else max(self.far, peak)
+            if not self.speaks or not right:
+                return i + 1
+            if self.view != view:
+                self.guess = guess[i + 1 :]
                 return i + 1
         return len(tokens)
 
