@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -65,6 +67,19 @@ def test_pause_needs_less_distance_than_running_speech() -> None:
     smooth = torch.nn.functional.avg_pool1d(rows[None], 9, 1, 4)[0]
     assert policy.accept(draft(smooth, prompt=3), Source(60, 0.02, finished=False), None)[0] == 0
     assert policy.accept(draft(smooth, prompt=3), paused, None)[0] == 1
+
+
+def test_a_doubtful_token_waits_three_times_as_long_but_not_in_a_pause() -> None:
+    """Two tokens that look 20 and 12 frames before the end; the first has a probability of 0.5."""
+    rows = torch.zeros(2, 60)
+    rows[0, 40], rows[1, 48] = 1.0, 1.0
+    proposal = replace(draft(rows), log_probs=torch.tensor([0.5, 0.9]).log())
+    running, paused = (Source(60, 0.02, finished=False, paused=p) for p in (False, True))
+    for threshold, doubt, passed in [(6, 0.4, 2), (6, 0.6, 2), (7, 0.6, 0), (7, 0.4, 2), (7, 0.95, 0), (4, 0.95, 1)]:
+        policy = AlignAtt(((3, 0),), threshold, 5, normalise=False, median=1, doubt=doubt)
+        assert policy.accept(proposal, running, None)[0] == passed, (threshold, doubt)
+        assert policy.accept(proposal, paused, None)[0] == 2
+    assert policy.why(proposal, running, None, 1) == "looks at frame 48, within 12 of the newest 60"
 
 
 def test_a_jump_back_stops_the_whisper_preset_only() -> None:

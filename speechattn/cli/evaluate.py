@@ -34,7 +34,7 @@ from speechattn.version import __version__
 __all__ = ["add_parser", "changed", "command", "commit", "ears", "judged_by", "settings"]
 
 FREE = ("command", "run", "processes", "normaliser", "limit", "output_dir", "metric", "json")  # may change in between
-POLICY = ("policy", "frame_threshold", "attn_layer", "min_chunk_size")
+POLICY = ("policy", "frame_threshold", "doubt", "attn_layer", "min_chunk_size")
 SEARCH = ("search", "beam_size")
 Keep = Callable[[Sequence[Heard]], None]
 

@@ -28,7 +28,7 @@ from speechattn.search.monotonic import MonotonicBeam
 
 __all__ = ["POLICIES", "SETTINGS", "add_policy_options", "build_policy", "build_streaming_policy"]
 
-SETTINGS = ("frame_threshold", "attn_threshold", "attn_layer", "agreement", "hold_n", "wait_k", "mask_k")
+SETTINGS = ("frame_threshold", "doubt", "attn_threshold", "attn_layer", "agreement", "hold_n", "wait_k", "mask_k")
 WAIT = 3  # words, of wait-k
 
 
@@ -50,12 +50,15 @@ class Looks:
 
 
 def align_att(options: argparse.Namespace, looks: Looks) -> Policy | None:
-    """The model's own policy, or AlignAtt if it is asked for and that is another, with another threshold."""
-    threshold, usual = options.frame_threshold, looks.usual
-    if options.policy is None and threshold is None:
+    """The model's own policy, or AlignAtt if it is asked for and that is another, with what was asked for."""
+    given = {
+        name: getattr(options, name) for name in ("frame_threshold", "doubt") if getattr(options, name) is not None
+    }
+    usual = looks.usual
+    if options.policy is None and not given:
         return usual
     mine = usual if isinstance(usual, AlignAtt) else replace(AlignAtt.fbk(0, 1), heads=looks.heads)
-    return mine if threshold is None else replace(mine, frame_threshold=threshold)
+    return replace(mine, **given)
 
 
 def align_att_fbk(options: argparse.Namespace, looks: Looks) -> Policy:
@@ -104,7 +107,7 @@ def counted(kind: Callable[..., Policy], name: str) -> Callable[[argparse.Namesp
 
 
 POLICIES = {
-    "alignatt": Choice(("frame_threshold",), align_att, looks=True),
+    "alignatt": Choice(("frame_threshold", "doubt"), align_att, looks=True),
     "alignatt-fbk": Choice(("frame_threshold", "attn_layer"), align_att_fbk, looks=True),
     "edatt": Choice(("attn_threshold", "attn_layer"), ed_att, looks=True),
     "local-agreement": Choice(("agreement",), counted(LocalAgreement, "agreement")),
@@ -123,6 +126,10 @@ def add_policy_options(group: Any) -> None:
         "--frame-threshold", type=int, metavar="N",
         help=f"alignatt: commit a word N frames (of 20 ms) behind the newest sound (default {FRAME_THRESHOLD}; "
         f"{THRESHOLD} where a model streams)",
+    )  # fmt: skip
+    group.add_argument(
+        "--doubt", type=float, metavar="P",
+        help="alignatt: a token with a probability below P waits three times as long (default 0: none does)",
     )  # fmt: skip
     group.add_argument(
         "--attn-threshold", type=float, metavar="X",
@@ -149,6 +156,8 @@ def chosen(options: argparse.Namespace, looks: Looks) -> Policy | None:
             raise InputError(f"--{setting.replace('_', '-')} belongs to {owners}; {name} has no such setting")
     if options.frame_threshold is not None and options.frame_threshold < 0:
         raise InputError(f"--frame-threshold {options.frame_threshold}: 0 or more frames")
+    if options.doubt is not None and not 0 <= options.doubt <= 1:
+        raise InputError(f"--doubt {options.doubt}: a probability from 0 to 1")
     try:
         return choice.make(options, looks)
     except ValueError as error:

@@ -72,7 +72,8 @@ def focus(
 class AlignAtt:
     """Commit tokens up to the first whose attention peaks in the last `frame_threshold` frames.
 
-    In a pause there is no word that more sound could change, and `pause_threshold` frames are enough.
+    In a pause there is no word that more sound could change, and `pause_threshold` frames are enough. Elsewhere a token
+    with a probability below `doubt` has three times the threshold: a sound that was not understood is waited for.
     `rewind_threshold` stops at a token that looks that many frames behind the one before it (None: it may, as
     translation reorders). `drop_last` frames are not looked at: some models park attention there.
     """
@@ -84,6 +85,7 @@ class AlignAtt:
     normalise: bool = True
     median: int = 7
     rewind_threshold: int | None = 200
+    doubt: float = 0.0
 
     @classmethod
     def whisper(cls, alignment_heads: tuple[Head, ...], frame_threshold: int = 25) -> AlignAtt:
@@ -106,7 +108,7 @@ class AlignAtt:
         if source.finished or not len(draft.tokens):
             return len(draft.tokens), None
         peak, frames = self.peaks(draft)
-        unsafe = peak >= frames - self._threshold(source)
+        unsafe = peak >= frames - self._thresholds(draft, source)
         if self.rewind_threshold is not None:
             unsafe[1:] |= peak[1:] < peak[:-1] - self.rewind_threshold
         return int(unsafe.nonzero()[0, 0]) if unsafe.any() else len(peak), None
@@ -114,7 +116,7 @@ class AlignAtt:
     def why(self, draft: Draft, source: Source, state: None, n: int) -> str:
         """Which frame it looks at."""
         peak, frames = self.peaks(draft)
-        here, threshold = int(peak[n]), self._threshold(source)
+        here, threshold = int(peak[n]), int(self._thresholds(draft, source)[n])
         if here >= frames - threshold:
             return f"looks at frame {here}, within {threshold} of the newest {frames}"
         back = int(peak[n - 1]) - here if n else 0
@@ -129,6 +131,8 @@ class AlignAtt:
         )
         return where.argmax(-1), where.shape[-1]
 
-    def _threshold(self, source: Source) -> int:
-        """Frames at the end that are not safe to look at."""
-        return min(self.frame_threshold, self.pause_threshold) if source.paused else self.frame_threshold
+    def _thresholds(self, draft: Draft, source: Source) -> Tensor:
+        """Frames at the end that each token [U] must not look at."""
+        if source.paused:
+            return torch.full_like(draft.tokens, min(self.frame_threshold, self.pause_threshold))
+        return torch.where(draft.log_probs.exp() < self.doubt, 3, 1) * self.frame_threshold
