@@ -30,6 +30,7 @@ from speechattn.attention import Span, set_span
 from speechattn.cli import evaluate
 from speechattn.cli.main import parser
 from speechattn.cli.options import add_model_options
+from speechattn.cli.policies import SETTINGS
 from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.model import Recognizer, load_model
@@ -493,6 +494,14 @@ def test_a_stream_is_heard_by_the_policy_that_was_asked_for(manifest: Path) -> N
     session = evaluate.ears(asked).session
     assert session is not None
     assert session().listener.policy == Hold(3)
+
+
+def test_whole_windows_keep_no_setting_of_a_policy(manifest: Path) -> None:
+    """A setting without its policy would be refused."""
+    asked = options(["tiny.en", str(manifest), "--policy", "edatt", "--attn-threshold", "0.2", "--min-chunk-size", "1"])
+    whole = evaluate.changed(asked, evaluate.POLICY)
+    assert asked.attn_threshold == 0.2
+    assert {getattr(whole, name) for name in ("policy", "min_chunk_size", *SETTINGS)} == {None}
 
 
 def test_phrases_are_preferred_both_ways(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from speechattn.cli.options import add_running_options, add_session_options, build_model, build_session, folder
+from speechattn.cli.policies import SETTINGS
 from speechattn.errors import InputError
 from speechattn.live.session import Session
 from speechattn.live.streaming import Streaming
@@ -34,7 +35,7 @@ from speechattn.version import __version__
 __all__ = ["add_parser", "changed", "command", "commit", "ears", "judged_by", "settings"]
 
 FREE = ("command", "run", "processes", "normaliser", "limit", "output_dir", "metric", "json")  # may change in between
-POLICY = ("policy", "frame_threshold", "doubt", "attn_layer", "min_chunk_size")
+POLICY = ("policy", *SETTINGS, "min_chunk_size")
 SEARCH = ("search", "beam_size")
 Keep = Callable[[Sequence[Heard]], None]
 
