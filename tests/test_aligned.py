@@ -26,6 +26,7 @@ from speechattn.decoder.letters import Letters
 from speechattn.errors import InputError
 from speechattn.frames import Frames, Memory
 from speechattn.live import Event, Pool, Session, StreamSettings
+from speechattn.live.suited import TRANSLATING, suited
 from speechattn.live.timing import token_spans
 from speechattn.model import Recognizer, load_model
 from speechattn.model.searches import possible
@@ -425,6 +426,18 @@ def test_a_policy_needs_heads_that_the_search_gives(exact: Recognizer) -> None:
         Session(exact, search=exact.search("aligned"), policy=AlignAtt(((0, 9),)))
     with pytest.raises(InputError, match="does not give"):
         Session(exact, search=exact.search("ctc"), policy=AlignAtt(heads))
+
+
+def test_a_translator_looks_further_and_waits_longer(exact: Recognizer) -> None:
+    """It sees all, and by default leaves the words of its last 0.48 s, as far as nobody says otherwise."""
+    search = exact.search("aligned")
+    assert isinstance(search, AlignedGreedy)
+    made = search.translating()
+    assert (made.reorders, made.edge, made.back >= made.memory, made.reach >= made.memory) == (True, 0, True, True)
+    assert (search.reorders, search.edge, search.back, search.reach) == (False, 4, 40, 64)
+    usual = suited(None, made)
+    assert isinstance(usual, AlignAtt)
+    assert (usual.frame_threshold, usual.heads, usual.rewind_threshold) == (TRANSLATING, search.heads, None)
 
 
 def test_a_greater_threshold_says_words_later(exact: Recognizer) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from speechattn.decoder.attention import Head
 from speechattn.errors import InputError
 from speechattn.live.listener import WindowModel
-from speechattn.live.suited import THRESHOLD, suited
+from speechattn.live.suited import THRESHOLD, TRANSLATING, suited
 from speechattn.model import Recognizer
 from speechattn.model.window import WindowRecognizer
 from speechattn.policy import Policy
@@ -125,7 +125,7 @@ def add_policy_options(group: Any) -> None:
     group.add_argument(
         "--frame-threshold", type=int, metavar="N",
         help=f"alignatt: commit a word N frames (of 20 ms) behind the newest sound (default {FRAME_THRESHOLD}; "
-        f"{THRESHOLD} where a model streams)",
+        f"{THRESHOLD} where a model streams, {TRANSLATING} where it translates so)",
     )  # fmt: skip
     group.add_argument(
         "--doubt", type=float, metavar="P",
