@@ -16,7 +16,7 @@ from corpora import murmur
 
 pytest.importorskip("lhotse")
 
-from speechattn.data.cuts import Manifest
+from speechattn.data.cuts import Manifest, load_sound
 from speechattn.data.prepare.manifests import Utterance, write_manifests
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.letters import Letters
@@ -47,13 +47,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-def manifest(folder: Path, texts: list[str]) -> Path:
+def manifest(folder: Path, texts: list[str], translations: list[str] | None = None) -> Path:
     """Cuts of these texts."""
 
     def sound() -> np.ndarray:
         return murmur(np.random.default_rng(0), "one")
 
-    spoken = [Utterance(f"line-{i}", sound, text, "nobody", "en") for i, text in enumerate(texts)]
+    both = zip(texts, translations or [None] * len(texts), strict=True)
+    spoken = [Utterance(f"line-{i}", sound, a, "nobody", "en", b, "pt") for i, (a, b) in enumerate(both)]
     write_manifests(folder, "toy", "train", spoken)
     return folder / "toy_cuts_train.jsonl.gz"
 
@@ -215,3 +216,68 @@ def test_a_student_says_what_the_recogniser_would_translate(tmp_path: Path, scri
     sound = torch.randn(1, 3200)
     spoken = Frames(sound, torch.ones_like(sound, dtype=torch.bool))
     assert (new.blank(new.listening(spoken)) == old.blank(old.listening(spoken))).all()
+
+
+def test_a_piece_belongs_to_the_word_that_most_probably_made_it(script: Any) -> None:
+    heads = script("heads")
+    share = torch.tensor([[0.0, 0.6, 0.3, 0.1], [0.4, 0.2, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    assert heads.made_of(share, 0, [[3], [1], [2]]) == 1
+    assert heads.made_of(share, 0, [[2, 3], [0]]) == 0, "pieces of a word count together"
+    assert heads.made_of(share, 1, [[1], [2], [3]]) is None, "none of three is sure"
+    assert heads.made_of(share, 1, [[], [1], [2, 3]]) == 2
+    assert heads.made_of(share, 2, [[1], [2]]) is None, "nobody said it"
+    assert heads.made_of(share, 3, [[2], [3]]) is None
+
+
+def test_a_head_is_right_where_it_looks_at_most_while_the_word_is_said(script: Any) -> None:
+    heads = script("heads")
+    rows = torch.eye(6)
+    found = [heads.Looked(rows[[at, 5, 5]] + 0.6 * rows[[5, at, 0]], 2.0, 4.0) for at in (1, 2, 4, 5)]
+    assert [heads.right(found, each) for each in ([0], [1], [2], [0, 1], [0, 2])] == [0.5, 0.0, 0.0, 0.5, 0.0]
+
+
+@torch.no_grad()
+def test_heads_look_at_the_sound_as_they_do_when_they_say_it(
+    tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads, student = script("heads"), script("student")
+    old = recognizer(tmp_path / "old")
+    new = student.student(
+        old, Pieces([BLANK, UNKNOWN, *PORTUGUESE, END]), PAIRS, more=1, heads=[[1, 0]], language="pt"
+    ).eval()  # fmt: skip
+    dev = manifest(tmp_path / "dev", ["good night.", "day to", "good day."], ["boa noite", "dia", "dia"])
+    monkeypatch.setattr(heads, "read_word_ends", lambda: {"line-0": [0.3, 0.4], "line-1": [0.1], "line-2": [0.1, 0.2]})
+    pairs = [(old.tokenizer.encode(a), new.tokenizer.encode(b)) for a, b in PAIRS]
+    share = student.translated_by(pairs, (old.tokenizer.size, new.tokenizer.size)).to_dense()
+    spelled, spell = list[str](), Pieces.encode
+    monkeypatch.setattr(Pieces, "encode", lambda pieces, text: spelled.append(text) or spell(pieces, text))
+    found = list(heads.looks(new, old, share, dev))
+    assert spelled == ["good", "night", "boa noite", "good", "day", "dia"]
+    decoder, cuts, frame = new.heads["attention"], Manifest.read([dev]), new.frame_s
+    assert isinstance(decoder, AttentionDecoder)
+    every = [(layer, head) for layer in range(3) for head in range(2)]
+    wanted = []
+    for at, pieces in ((0, [("▁boa", 0.0, 0.3), ("▁noite", 0.3, 0.4)]), (2, [("▁dia", 0.1, 0.2)])):
+        x = torch.from_numpy(load_sound(cuts[at], 16000))[None]
+        frames = new.listening(Frames(x, torch.ones_like(x, dtype=torch.bool)))
+        state, token = decoder.start(Memory.of(frames, finished=True)), new.tokenizer.end
+        for piece, first, last in pieces:
+            _, row, state = decoder.step(torch.tensor([[token]]), state, heads=every)
+            token = new.tokenizer.pieces.index(piece)
+            wanted.append((row[0, :, 0], (first - 0.2) / frame, (last + 0.2) / frame))
+    assert len(found) == len(wanted)
+    for one, (weights, first, last) in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.weights, weights)
+        assert (one.first, one.last) == pytest.approx((first, last))
+
+    monkeypatch.setattr(heads, "load_model", lambda name: old if name == "speechattn/en-tiny-stream" else new)
+    train = manifest(tmp_path, [english for english, _ in PAIRS], [said for _, said in PAIRS])
+    monkeypatch.setattr(sys, "argv", ["heads.py", "model", str(dev), str(train)])
+    heads.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 pieces"
+    each = [100 * heads.right(found, [head]) for head in range(6)]
+    assert [line.split(";")[0].split() for line in lines[1:4]] == [
+        ["layer", f"{n}:", *(f"{share:.1f}" for share in each[2 * n : 2 * n + 2])] for n in range(3)
+    ]
+    assert lines[4].startswith(f"best 1: {max(each):.1f} % [[")

@@ -153,7 +153,7 @@ WAVE = base64.b64encode(np.zeros(4, np.float32).tobytes()).decode()
         ("POST", "clear", {"session_id": "a"}, {**TYPE, "Content-Length": "9" * 20}, 411),
         ("POST", "process_chunk", b" " * (BODY + 1), TYPE, 413),
         ("POST", "process_chunk", {"session_id": "a", "waveform": "AAA"}, TYPE, 400),
-        ("POST", "process_chunk", {"session_id": "a", "waveform": "A?A="}, TYPE, 400),
+        ("POST", "process_chunk", {"session_id": "a", "waveform": "AAA?AAA=="}, TYPE, 400),
         ("POST", "process_chunk", {"session_id": "a", "waveform": "AAAA"}, TYPE, 400),
         ("POST", "process_chunk", {"session_id": "a", "waveform": 3}, TYPE, 400),
         ("POST", "process_chunk", {"session_id": "a", "waveform": "AADAfw=="}, TYPE, 400),
@@ -184,6 +184,41 @@ def test_sessions_are_few_and_do_not_last_for_ever(ask: Ask, sessions: Sessions)
     assert ask("POST", "clear", {"session_id": "b"}) == (204, None)
     assert chunk("b") == 200
     assert sorted(sessions.talks) == ["a", "b", "d"]
+
+
+@pytest.mark.parametrize(("names", "meet"), [("aa", False), ("ab", True)])
+def test_a_session_hears_one_request_at_a_time_and_waits_for_no_other_session(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, names: str, meet: bool
+) -> None:
+    door = threading.Barrier(2)
+
+    def hear(talk: Talk, samples: Any) -> Output:
+        """Whether another request is in here at the same time."""
+        try:
+            door.wait(60 if meet else 1)
+        except threading.BrokenBarrierError:
+            return Output(["alone"], "", [], "")
+        return Output(["together"], "", [], "")
+
+    monkeypatch.setattr(Talk, "hear", hear)
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda name: ask("POST", "process_chunk", {"session_id": name, "waveform": WAVE}), names))
+    assert [(status, found["new_tokens"]) for status, found in said] == [(200, ["together" if meet else "alone"])] * 2
+
+
+def test_a_session_that_hears_for_long_is_not_closed_meanwhile(
+    ask: Ask, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = iter("bc")
+
+    def hear(talk: Talk, samples: Any) -> Output:
+        sessions.clock.now += 20  # type: ignore[attr-defined]
+        assert ask("PUT", "source_language", {"session_id": next(others), "language": "en"}) == (204, None)
+        return Output([], "", [], "")
+
+    monkeypatch.setattr(Talk, "hear", hear)
+    for _ in range(2):
+        assert ask("POST", "process_chunk", {"session_id": "a", "waveform": WAVE})[0] == 200
 
 
 def test_a_fault_is_told_and_does_not_stop_the_server(

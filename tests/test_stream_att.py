@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +173,25 @@ def test_the_window_begins_where_the_kept_words_are_heard() -> None:
         assert len(window.words) == 6
         starts.add(window.start)
     assert len(starts) > 30
+
+
+@pytest.mark.parametrize("how", [{"history": Words(6), "max_window_s": 20.0}, {"max_window_s": 8.0}])
+def test_what_leaves_the_window_is_remembered_and_what_stays_is_where_it_was(how: dict[str, Any]) -> None:
+    made = Session(
+        FakeModel(ENDS), policy=align_att(), settings=Settings(context_tokens=999, **how), vad=AlwaysSpeech()
+    )
+    sizes = set[int]()
+    for at in np.array_split(sound(60.0), 120):
+        made.feed(at, RATE)
+        window, gone = made.listener.utterance, made.listener.context  # type: ignore[attr-defined]
+        if window is not None:
+            assert [*gone, *window.tokens] == [*range(window.first)]
+            for word in window.words:
+                end_s = ENDS[word.tokens[0]]
+                assert end_s - 0.4 < window.start / RATE + 0.02 * word.frame < end_s
+            sizes.add(len(gone))
+    assert max(sizes) > 100
+    assert len(sizes) > 5
 
 
 @pytest.mark.parametrize("history", [Punctuation(), Characters(20)])

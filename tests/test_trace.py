@@ -25,6 +25,8 @@ from speechattn.policy.align_att import AlignAtt
 from speechattn.policy.ed_att import EDAtt
 from speechattn.policy.hold import Hold, Told, WaitK
 from speechattn.policy.local_agreement import LocalAgreement
+from speechattn.policy.monotonic import Stopped
+from speechattn.policy.retranslation import Retranslation
 from speechattn.search import Draft
 
 DIGITS = Path(__file__).parent / "digits"
@@ -61,6 +63,9 @@ REASONS = [
     (LocalAgreement(), draft(ROWS), ((0, (0, 1, 9, 3, 4)),), 2, "the last 2 drafts disagree"),
     (LocalAgreement(), draft(ROWS), ((0, (0, 1, 2)),), 3, "not all of the last 2 drafts are so long"),
     (LocalAgreement(), draft(ROWS[:2], [3, 7], first=2), ((0, (1, 2, 3, 4)),), 1, "the last 2 drafts disagree"),
+    (Stopped(), replace(draft(ROWS), waiting=torch.tensor([0, 0, 1, 0, 1]) > 0), None, 2,
+     "a monotonic head waits for the frame at which it stops"),
+    (Retranslation(2), draft(ROWS), None, 0, "the utterance has not ended (retranslation)"),
 ]  # fmt: skip
 
 
@@ -76,11 +81,12 @@ def test_the_reason_is_that_of_the_decision(
 @given(st.lists(st.lists(st.floats(0, 1), min_size=9, max_size=9), min_size=1, max_size=6), st.integers(0, 6),
        st.integers(0, 40))  # fmt: skip
 def test_who_waits_has_a_reason_and_nobody_else(rows: list[list[float]], n: int, frames: int) -> None:
-    proposal, tokens = draft(torch.tensor(rows)), tuple(range(len(rows)))
+    tokens = tuple(range(len(rows)))
+    proposal = replace(draft(torch.tensor(rows)), waiting=torch.arange(len(rows)) == n)
     source = Source(frames, 0.02, finished=False)
     given: list[tuple[Policy, object]] = [
         (AlignAtt(HEADS, n, n, normalise=False, median=1, rewind_threshold=2), None), (AlignAtt.fbk(3, 1, n), None),
-        (EDAtt(HEADS, 0.1 + n / 6), None), (Hold(n), None), (WaitK(n, ones, 4), Told()),
+        (EDAtt(HEADS, 0.1 + n / 6), None), (Hold(n), None), (Stopped(), None), (WaitK(n, ones, 4), Told()),
         (LocalAgreement(), ((0, (*tokens[:n], 99)),)), (LocalAgreement(), ()),
     ]  # fmt: skip
     for policy, state in given:

@@ -99,6 +99,17 @@ def test_standard_input_is_a_source(
     assert said[0] == said[1] == capsys.readouterr().out.split()
 
 
+def test_a_beam_is_that_of_the_usual_search(folder: Path, speech: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The search that asks a policy has none."""
+    model, given = load_model(folder, task="translate"), ["translate", str(speech), "--model", str(folder)]
+    assert isinstance(model, Recognizer)
+    session = Session(model, search=model.search(beam_size=2))
+    assert main([*given, "--beam-size", "2"]) == 0
+    assert capsys.readouterr().out.split() == text(session.feed(*soundfile.read(speech)) + session.finish()).split()
+    assert main([*given, "--beam-size", "2", "--search", "aligned"]) == 2
+    assert "--beam-size 2" in capsys.readouterr().err
+
+
 REFUSED = [
     (["translate", "ok.wav"], f"{OURS}: task translate: this model cannot"),
     (["translate", "ok.wav", "--model", "tiny.en"], "tiny.en knows English only: it cannot translate"),
@@ -192,6 +203,8 @@ def test_whisper_is_told_to_translate(
     assert made["model"].policy().rewind_threshold == 200
     assert main([*given, "--target-language", "de"]) == 2
     assert "to English (en), not to de" in capsys.readouterr().err
+    assert main([*given, "--offline"]) == 2
+    assert "--min-chunk-size does nothing with --offline" in capsys.readouterr().err
 
 
 def test_the_page_of_translation_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from speechattn import tree
 from speechattn.attention import Span
 from speechattn.audio.spectrum import LogMel
 from speechattn.decoder.ctc import CTC
-from speechattn.decoder.decoder_only import DecoderOnly
+from speechattn.decoder.decoder_only import DecoderOnly, GroupState
 from speechattn.decoder.groups import Grouped, Wait
 from speechattn.encoder import Conformer
 from speechattn.errors import InputError, ModelError
@@ -34,10 +34,30 @@ pytestmark = pytest.mark.usefixtures("precise")
 FEATURES = 3
 
 
-def drawn() -> DecoderOnly:
-    made = DecoderOnly(7, 8, 2, 2, schedule=Wait(2), source=nn.Linear(FEATURES, 8), inner=12)
+class Moody(DecoderOnly):
+    """It changes its mind about the end of the text, which it likes, with every frame that it has read."""
+
+    def write(self, tokens: Frames, state: GroupState, *, read: Tensor | None = None) -> tuple[Tensor, GroupState]:
+        assert read is not None
+        hidden, after = super().write(tokens, state, read=read)
+        return hidden + mood(read), after
+
+    def forward(self, source: Frames, tokens: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+        heard, hidden = super().forward(source, tokens, read)
+        return heard, hidden + mood(read)
+
+
+def mood(read: Tensor) -> Tensor:
+    """Of the number of frames [B, U] -> [B, U, 8]."""
+    return 2 * torch.sin(read[..., None] * torch.arange(1.0, 9.0))
+
+
+def drawn(kind: type[DecoderOnly] = DecoderOnly) -> DecoderOnly:
+    made = kind(7, 8, 2, 2, schedule=Wait(2), source=nn.Linear(FEATURES, 8), inner=12)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.6)
+    if kind is Moody:
+        nn.init.constant_(made.output.bias[6:], 4.0)
     return made.eval()
 
 
@@ -62,11 +82,12 @@ def walked(model: DecoderOnly, source: Tensor, most: float, never: int) -> list[
             said, read = [*said, best], [*read, min(needed, frames)]
 
 
-@settings(max_examples=12, deadline=None)
+@pytest.mark.parametrize("kind", [DecoderOnly, Moody])
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_a_search_says_what_masked_passes_say_for_any_split_and_company(seed: int) -> None:
+def test_a_search_says_what_masked_passes_say_for_any_split_and_company(kind: type[DecoderOnly], seed: int) -> None:
     torch.manual_seed(seed)
-    chance, model = random.Random(seed), drawn()
+    chance, model = random.Random(seed), drawn(kind)
     model.schedule = Wait(chance.randint(0, 4), chance.randint(0, 2))
     lengths = [chance.randint(0, 9) for _ in range(3)]
     source = Frames.from_lengths(torch.randn(3, max(lengths), FEATURES), torch.tensor(lengths))

@@ -125,7 +125,7 @@ class Utterance:
         self.tail = tokens[done:sane]
         self.words += [word for word, _ in words]
         self.first += done
-        why = partial(self.policy.why, draft, source, before) if safe < len(tokens) else None
+        why = partial(self.policy.why, draft, source, before)
         trace = self._traced(tokens, sizes, done, sane, safe, why) if self.trace and tokens else None
         if full:
             ends = [end for _, end in spans[:done]]
@@ -137,14 +137,14 @@ class Utterance:
         return Decision(tuple(word for _, word in words), unstable, withheld, trace=trace)
 
     def _traced(
-        self, tokens: list[int], sizes: list[int], done: int, sane: int, safe: int, why: Callable[[int], str] | None
+        self, tokens: list[int], sizes: list[int], done: int, sane: int, safe: int, why: Callable[[int], str]
     ) -> Trace:  # fmt: skip
         """Why the word behind the first `done` tokens waits: by the policy, in a loop, or because it may go on."""
         decode = self.model.tokenizer.decode
         if done == len(tokens):
             return Trace(decode(tokens), len(tokens), done)
         end = next(end for end in accumulate(sizes) if end > done)
-        reason = why(max(safe, done)) if why is not None and safe < end else ""
+        reason = why(max(safe, done)) if safe < end else ""
         if not reason:
             reason = LOOP if sane < end else CUT
         return Trace(decode(tokens), len(tokens), done, decode(tokens[done:end]), reason)
