@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train bench-kernels bench-model bench-simul aot-kernels clean
+.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train bench-kernels bench-model bench-simul bench-terms aot-kernels clean
 
 demo: .venv/demo
 	$(BIN)/speechattn demo $(FILE) $(ARGS)
@@ -47,6 +47,9 @@ bench-model: .venv/dev
 # Latency-quality curves; ARGS="--translator models/MODEL --manifest STREAMS.jsonl.gz" adds those of a translator.
 bench-simul: .venv/dev
 	$(BIN)/python benchmarks/simul.py $(ARGS)
+
+bench-terms: .venv/dev
+	$(BIN)/python benchmarks/terms.py $(ARGS)
 
 # What the compiler makes of every kernel, for sm_80 and sm_90; ARGS="--default --op window".
 aot-kernels: .venv/dev

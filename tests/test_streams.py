@@ -41,6 +41,7 @@ from speechattn.stream import (
     Delay,
     Stream,
 )  # fmt: skip
+from speechattn.terms import Hearing
 from speechattn.testing import (
     check_export,
     check_stream,
@@ -80,7 +81,7 @@ ELSEWHERE: dict[type, str] = {
     FlexPrefill: "test_prefill.py", EchoAttention: "test_echo.py", Scale: "test_echo.py", Together: "test_echo.py",
     Gated: "test_echo.py", Convolution: "test_embedded.py", Flow: "test_embedded.py",
     StreamingEncoder: "test_embedded.py", Turning: "test_embedded.py", Floored: "test_embedded.py",
-    Letters: "test_embedded.py", Revising: "test_revising.py",
+    Letters: "test_embedded.py", Revising: "test_revising.py", Hearing: "test_terms.py",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`speechattn score wer|bleu|chrf REF HYP [--against HYP2]` and `speechattn score latency LOG`."""
+"""`speechattn score wer|bleu|chrf REF HYP [--against HYP2]`, `score latency LOG` and `score terms REF HYP`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from speechattn.cli.score_terms import add_terms
 from speechattn.errors import InputError
 from speechattn.live.events import Event
 from speechattn.score.lag import Heard, measure_lag
@@ -48,6 +49,7 @@ def add_parser(commands: Any) -> None:
         bleu.set_defaults(run=run_bleu)
     latency = kinds.add_parser("latency", help="lag of words behind the speaker", allow_abbrev=False)
     add_latency(latency)
+    add_terms(kinds)
 
 
 def add_latency(parser: Any) -> None:

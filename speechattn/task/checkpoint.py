@@ -27,7 +27,9 @@ __all__ = [
     "start_from", "tokenizer_of",
 ]  # fmt: skip
 
-KEYS = ("sample_rate", "language", "target_language", "spaceless", "front_end", "encoder", "heads", "network")
+KEYS = (
+    "sample_rate", "language", "target_language", "spaceless", "front_end", "encoder", "heads", "network", "matcher",
+)  # fmt: skip
 FORMAT = 1
 PREFIX = "model."
 LAST_WEIGHTS = "current_model_state"  # where Lightning keeps them when "state_dict" is the average

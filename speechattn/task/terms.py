@@ -1,0 +1,179 @@
+"""Training of what retrieves terms: the encoder is frozen, and what it says of each utterance is kept."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from speechattn.data.batch import Batch
+from speechattn.errors import InputError
+from speechattn.model import Recognizer, load_model
+from speechattn.score.terms import recall_at
+from speechattn.task.base import Task, seeded
+from speechattn.task.checkpoint import FORMAT
+from speechattn.task.kept import Kept
+from speechattn.terms import Bank, Retriever, Term, VectorIndex, contrastive, in_batch, presence_loss, read_terms
+from speechattn.terms.folder import save_matcher
+
+__all__ = ["Curriculum", "TermRetrieval", "said_in", "worded"]
+
+SHORT = 4  # letters of the words that are terms in the first stages
+
+
+def worded(text: str) -> str:
+    """Words in lower case with a space between them, letters and apostrophes alone."""
+    return " ".join(re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower()))
+
+
+def said_in(term: str, text: str) -> bool:
+    """A term is a part of a text, word by word; both are `worded`."""
+    return f" {term} " in f" {text} "
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What is a term in which step (arXiv 2508.18701): the first `words` steps single words, the next `phrases` spans
+    of 2 to 4 words around one, and then the words of a list and as many others. `each` utterance has so many.
+    """
+
+    words: int
+    phrases: int
+    each: int = 6
+
+    def terms(self, text: str, step: int, rare: frozenset[str], lots: random.Random) -> list[str]:
+        """Of a `worded` text, none twice."""
+        words = text.split()
+        long = [i for i, word in enumerate(words) if len(word) >= SHORT] or [*range(len(words))]
+        chosen = lots.sample(long, min(self.each, len(long)))
+        if step < self.words:
+            return [*dict.fromkeys(words[i] for i in chosen)]
+        if step < self.words + self.phrases:
+            return [*dict.fromkeys(self.span(words, i, lots) for i in chosen)]
+        listed = [word for word in dict.fromkeys(words) if word in rare]
+        return [*dict.fromkeys([*listed, *(words[i] for i in chosen[: max(1, len(listed))])])]
+
+    @staticmethod
+    def span(words: Sequence[str], i: int, lots: random.Random) -> str:
+        """2 to 4 words with word i among them, as far as there are any."""
+        size = lots.randint(2, 4)
+        first = max(0, i - lots.randint(0, size - 1))
+        return " ".join(words[first : first + size])
+
+
+class TermRetrieval(Task):
+    """Trains a `matcher` (`Retriever` or `VectorIndex`) on frames of the frozen encoder of the model `encoder`.
+
+    `terms` is a text file of those that the last stage of the `curriculum` asks for, `bank` one that validation
+    retrieves from. Terms of a batch are one another's negatives, cut to `most`; a term that another utterance happens
+    to say is a positive there, too. The loss of a retriever is `presence_loss`, but for the first `align` steps: until
+    queries and keys have met in one space, as those of a speech language model have before (arXiv 2508.18701, frozen
+    projector), it is `contrastive` over `alike`; later that stays with the weight `contrast`. An index has its own.
+    What the encoder says is computed once, into the folder `keep`; the trained matcher is written beside the log.
+    """
+
+    def __init__(
+        self, matcher: nn.Module, encoder: str, terms: str, bank: str, keep: str, curriculum: Curriculum, *,
+        align: int = 0, contrast: float = 0.0, most: int = 100, smoothing: float = 0.1,
+        optimizer: OptimizerCallable = AdamW, scheduler: LRSchedulerCallable | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(optimizer=optimizer, scheduler=scheduler, seed=seed)
+        if not isinstance(matcher, Retriever | VectorIndex):
+            raise ValueError(f"matcher {type(matcher).__name__}: wanted a Retriever or a VectorIndex")
+        if align < 0 or most < 1 or not 0 <= smoothing < 1 or not contrast >= 0:
+            raise ValueError(f"align {align}, most {most}, smoothing {smoothing}, contrast {contrast}: out of range")
+        self.model, self.encoder = matcher, encoder
+        self.rare = frozenset(worded(term.source) for term in read_terms(terms))
+        self.bank = [worded(term.source) for term in read_terms(bank)]
+        self.curriculum, self.align, self.contrast = curriculum, align, contrast
+        self.most, self.smoothing = most, smoothing
+        model = load_model(encoder)
+        if not isinstance(model, Recognizer):
+            raise ValueError(f"encoder {encoder}: wanted a recogniser that streams; {type(model).__name__} is none")
+        self.kept = (Kept(Path(keep), model),)  # in a tuple: no part of the task's weights
+        self.found: dict[str, list[float]] = {}
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The matcher."""
+        return {"matcher": self.model}
+
+    @property
+    def monitor(self) -> tuple[str, str]:
+        """Recall@10 of the first validation set."""
+        return "valid/recall@10", "max"
+
+    def setup(self, stage: str) -> None:
+        """Texts need not be spelled; sound must be the same in every epoch."""
+        self.kept[0].fit(getattr(self.trainer, "datamodule", None))
+
+    def init_from(self, path: Path, plugins: Any = ()) -> None:
+        """No other training to go on from."""
+        raise InputError("init_from: a matcher of terms is trained from the beginning; --resume goes on")
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """Of one step."""
+        lots = random.Random(seeded(self.seed, step, 0))
+        texts = [worded(text) for text in batch.texts]
+        said = [self.curriculum.terms(text, step, self.rare, lots) if text else [] for text in texts]
+        generator = torch.Generator().manual_seed(seeded(self.seed, step, 1))
+        terms, _ = in_batch(said, self.most, generator)
+        label = torch.tensor([[said_in(term, text) for term in terms] for text in texts]).to(self.device)
+        x = self.kept[0](batch).frames
+        bank = self.model.embed(terms)
+        if isinstance(self.model, VectorIndex):
+            return contrastive(self.model.odds(x, bank), label)
+        heard = self.model.frames(x)
+        met = contrastive(self.model.alike(heard, bank), label)
+        if step < self.align:
+            return met
+        return presence_loss(self.model.present(heard, bank), label, self.smoothing) + self.contrast * met
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of the batch."""
+        loss = self.loss(batch, self.begun - 1)
+        self.watch(loss.detach(), batch.ids)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Embed the bank, and count anew."""
+        self.found = {}
+        self.whole = Bank(self.model, [Term(term) for term in self.bank])
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Recall of the terms of the bank that were said."""
+        odds = self.whole.odds(self.kept[0](batch).frames)
+        texts = [worded(text) for text in batch.texts]
+        gold = [[i for i, term in enumerate(self.bank) if said_in(term, text)] for text in texts]
+        for k in (1, 10, 50):
+            self.found.setdefault(f"valid/recall@{k}", []).extend(recall_at(odds, gold, k))
+
+    def on_validation_epoch_end(self) -> None:
+        """Means over utterances."""
+        for name, values in self.found.items():
+            self.log(name, sum(values) / max(1, len(values)), prog_bar=name.endswith("@10"))
+
+    def on_train_end(self) -> None:
+        """Write the folder of the matcher."""
+        super().on_train_end()
+        if self.config is not None:
+            folder = Path(self.trainer.default_root_dir) / "model"
+            save_matcher(self.model, self.config["matcher"], self.encoder, folder)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint knows its place in the training; it has no tokens."""
+        self.look()
+        score = self.trainer.callback_metrics.get(self.monitor[0])
+        checkpoint["speechattn"] = {
+            "format": FORMAT, "config": None, "files": {}, "batches": self.begun,
+            "score": None if score is None else float(score), "mode": self.monitor[1],
+        }  # fmt: skip
