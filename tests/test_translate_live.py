@@ -97,7 +97,7 @@ def test_a_translator_waits_in_a_pause_and_has_no_patience(
     listener = Session(translator, search=translator.search("aligned")).listener
     heads = translator.heads["attention"].alignment_heads  # type: ignore[union-attr]
     assert listener.policy == AlignAtt(  # type: ignore[attr-defined]
-        heads, 4, 4, drop_last=1, normalise=False, median=1, rewind_threshold=None
+        heads, 24, 24, drop_last=1, normalise=False, median=1, rewind_threshold=None
     )  # fmt: skip
 
 
