@@ -185,11 +185,13 @@ class AlignedGreedy(Search):
         decoder = tidied(kept(state.decoder, state.done + self.decoder.opened))
         speakers = self._speakers(beam)
         rows, used = list[Tensor](), list[Tensor]()
+        mask = state.decoder.cross[0].mask
+        number = mask.cumsum(1) - 1  # of the frames that are there
         while any(row.speaks for row in speakers):
-            block, sight = self._block(speakers, state), self._sight(speakers, state)
+            block, sight = self._block(speakers, state), mask & in_view(speakers, number)
             cross = tuple(replace(c, mask=sight) for c in state.decoder.cross)
             hidden, seen, decoder = self.decoder.step(block, replace(decoder, cross=cross), heads=self.heads)
-            count = self._follow(speakers, hidden, seen, state, sight, whole=whole)
+            count = self._follow(speakers, hidden, seen, number, sight, state.done, whole=whole)
             there = torch.arange(block.shape[1], device=block.device) < count[:, None]
             decoder = without(decoder, there)
             decoder = tidied(decoder) if block.shape[1] > 1 else decoder
@@ -228,22 +230,14 @@ class AlignedGreedy(Search):
         block = [[token, *guess, *[0] * (most - len(guess))] for token, guess in zip(last, guesses, strict=True)]
         return torch.tensor(block, device=state.last.device)
 
-    def _sight(self, speakers: list[Speaker], state: AlignedState) -> Tensor:
-        """The frames that each row sees now [B, T]."""
-        mask = state.decoder.cross[0].mask
-        number = mask.cumsum(1) - 1
-        first, end = torch.tensor([row.view for row in speakers], device=mask.device).T[..., None]
-        sight: Tensor = mask & (number >= first) & (number < end)
-        return sight
-
     def _follow(
-        self, speakers: list[Speaker], hidden: Tensor, seen: Tensor, state: AlignedState, sight: Tensor, *, whole: bool
-    ) -> Tensor:
+        self, speakers: list[Speaker], hidden: Tensor, seen: Tensor, number: Tensor, sight: Tensor, done: Tensor, *,
+        whole: bool,
+    ) -> Tensor:  # fmt: skip
         """Let those who speak go on by what was found [B, U, D] -> how many of the U tokens were read rightly [B]."""
-        begins = [not row.tokens and done > 0 for row, done in zip(speakers, state.done.tolist(), strict=True)]
+        begins = [not row.tokens and n > 0 for row, n in zip(speakers, done.tolist(), strict=True)]
         log_probs, tokens = self._best(hidden, torch.tensor(begins, device=hidden.device))
-        number = state.decoder.cross[0].mask.cumsum(1)
-        peaks = number.gather(1, seen.float().mean(1).masked_fill(~sight[:, None], -1.0).argmax(-1)) - 1
+        peaks = number.gather(1, seen.float().mean(1).masked_fill(~sight[:, None], -1.0).argmax(-1))
         found = zip(*(x.tolist() for x in (tokens, log_probs, tokens == self.eos, peaks)), strict=True)
         counts = [
             row.follow(*each, whole=whole) if row.speaks else 0 for row, each in zip(speakers, found, strict=True)
@@ -300,6 +294,13 @@ class AlignedGreedy(Search):
             length.new_tensor(tokens).view(*length.shape, most), whole[..., 0].clone(), whole[..., 1].clone(),
             like.log_probs.new_tensor(log_probs).view(*length.shape, most), length,
         )  # fmt: skip
+
+
+def in_view(speakers: Sequence[Speaker], number: Tensor) -> Tensor:
+    """Which frames [B, T] of these numbers each row sees now."""
+    first, end = torch.tensor([row.view for row in speakers], device=number.device).T[..., None]
+    seen: Tensor = (number >= first) & (number < end)
+    return seen
 
 
 def kept(decoder: DecoderState, n: Tensor) -> DecoderState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,16 +110,12 @@ class Bank:
         return made
 
 
+@dataclass(frozen=True)
 class Found:
     """A term that was retrieved, and its probability."""
 
-    __slots__ = ("probability", "term")
-
-    def __init__(self, term: Term, probability: float) -> None:
-        self.term, self.probability = term, probability
-
-    def __repr__(self) -> str:
-        return f"Found({self.term.source!r}, {self.probability:.3f})"
+    term: Term
+    probability: float
 
 
 def best(odds: Tensor, top_k: int, threshold: float = 0.0) -> list[tuple[int, float]]:

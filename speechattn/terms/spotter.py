@@ -75,14 +75,11 @@ class Spotter:
     @torch.no_grad()
     def add(self, terms: Sequence[Term]) -> None:
         """From now on these terms, too, also for what was heard of this utterance."""
-        before = len(self.bank.embedding.query)
         self.bank.add(terms)
-        new = self.bank.embedding
-        late = new.select(range(len(self.bank) - len(terms), len(self.bank)))
+        late = self.bank.embedding.select(range(len(self.bank) - len(terms), len(self.bank)))
         state = self.retriever.start(1, late)
         if self.kept is not None:
             state = self.retriever.step(self.kept, state, late)
-        assert len(new.query) == before + len(late.query)
         self.state = joined(self.state, state)
 
     def remove(self, sources: Sequence[str]) -> None:
