@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -236,6 +236,7 @@ def test_drafts_are_those_of_loops_that_read_all_anew(
 @pytest.mark.usefixtures("precise")
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(0, 20), max_size=5))
+@example(seed=1958, cuts=[])  # a shorter loop is complete before one that begins earlier
 def test_a_text_that_is_not_committed_is_that_of_the_whole_memory(seed: int, cuts: list[int]) -> None:
     made = decoder(seed)
     search, x = aligned(made, most=9.0, spare=30, back=99, reach=99), utterances(2, 20, holes=False)
@@ -247,7 +248,8 @@ def test_a_text_that_is_not_committed_is_that_of_the_whole_memory(seed: int, cut
     assert found == search.decode(x) or [h[0].tokens for h in found] == [h[0].tokens for h in search.decode(x)]
     for b, ([mine], draft) in enumerate(zip(found, drafts, strict=True)):
         theirs = greedy.draft(Memory.of(tree.select(x, [b])), [END], [], heads=HEADS)
-        n = loop_start(theirs.tokens.tolist())
+        said = theirs.tokens.tolist()
+        n = next((at for k in range(len(said)) if (at := loop_start(said[: k + 1])) is not None), None)
         assert mine.tokens == tuple(theirs.tokens.tolist()[:n])
         assert mine.log_probs == pytest.approx(theirs.log_probs.tolist()[:n], abs=1e-6)
         if n is None:

@@ -125,13 +125,11 @@ class ByAlignment:
 
     def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
         """One hypothesis, whatever the size; behind committed words a word begins, where marks say so."""
-        if phrases is not None:
-            raise InputError("search aligned takes no phrases")
         end = ending(tokenizer)
         next_ = [i for i, begins in enumerate(tokenizer.begins) if not begins] if tokenizer.space else []
         return AlignedGreedy(
             heads["attention"], sos=end, eos=end, never=sorted(tokenizer.special - {end}), never_next=next_,
-            most=0.16 if tokenizer.size >= SUBWORDS else 1.0,
+            most=0.16 if tokenizer.size >= SUBWORDS else 1.0, phrases=phrases,
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from speechattn.decoder.attention import AttentionDecoder, DecoderState
 from speechattn.frames import Frames, Memory
 from speechattn.search.beam import Beam, Prefixes, Search
 from speechattn.search.draft import Draft
+from speechattn.search.leaning import Leaning
 from speechattn.search.looks import Looked, apart, farthest, grown, narrowed
+from speechattn.search.phrases import Phrases
 from speechattn.search.speaker import RECENT, Speaker
 from speechattn.stream import Buffer
 from speechattn.tree import node
@@ -29,13 +32,14 @@ class AlignedState:
     """What the decoder has read: the frames, and the tokens of `decoder.cache`, of which the first `done` [B] stay.
 
     The token `last` [B] is read again when there are new frames; the draft stands behind it. `told` [B, RECENT] are
-    the newest committed tokens, behind -1. Of the stream's frames `origin` [B] came before the search began; since
+    the newest committed tokens, behind -1, and `node` [B] is where all of them stand among the phrases. Of the stream's frames `origin` [B] came before the search began; since
     then `heard` [B] were read, and the committed text ends at frame `until` [B].
     """
 
     decoder: DecoderState
     looked: Looked
     told: Tensor
+    node: Tensor
     last: Tensor
     done: Tensor
     heard: Tensor
@@ -62,19 +66,21 @@ class AlignedGreedy(Search):
     committed. When `memory` frames were read or the decoder's context is full, nothing more is heard or said: `room`
     tells before. The rows of at most `history` committed tokens are kept for those who compare tokens.
 
+    With `phrases` a row leans towards them (`Leaning`): the draft is taken back where one that was begun is not said.
+
     A translation `reorders`: it sees all, and every token has the time where it looks.
     """
 
     def __init__(
         self, decoder: AttentionDecoder, *, sos: int, eos: int, never: Sequence[int] = (),
         never_next: Sequence[int] = (), edge: int = 4, back: int = 40, reach: int = 64, most: float = 0.16,
-        spare: int = 10, memory: int = 1500, history: int = 24,
+        spare: int = 10, memory: int = 1500, history: int = 24, phrases: Phrases | None = None,
     ) -> None:  # fmt: skip
         if wrong := [i for i, layer in enumerate(decoder.layers) if not isinstance(layer.cross, Soft)]:
             raise ValueError(f"cross attention in layers {wrong} is not soft: a token cannot be taken back there")
         if min(edge, back, reach - 1, memory - 1, history) < 0:
             raise ValueError(f"edge {edge}, back {back}, reach {reach}, memory {memory}, history {history}: too few")
-        self.decoder, self.sos, self.eos = decoder, sos, eos
+        self.decoder, self.sos, self.eos, self.phrases = decoder, sos, eos, phrases
         self.heads, self.peeks = decoder.alignment_heads, True
         self.edge, self.back, self.reach = edge, back, reach
         self.most, self.spare, self.history = most, spare, history
@@ -97,14 +103,23 @@ class AlignedGreedy(Search):
         none = torch.zeros(len(x.mask), dtype=torch.long, device=x.mask.device)
         looked = Looked(x.values.new_zeros(len(none), 0, len(self.heads), 0), none)
         told = none[:, None].expand(-1, RECENT) - 1
+        root = 0 if self.phrases is None else self.phrases.root
         state = AlignedState(
-            self.decoder.start(Memory.of(x)), looked, told.clone(), none + self.sos, *(none.clone() for _ in range(5))
-        )
+            self.decoder.start(Memory.of(x)), looked, told.clone(), none + root, none + self.sos,
+            *(none.clone() for _ in range(5)),
+        )  # fmt: skip
         return Beam(Prefixes.empty(x.values, 1), x.values.new_zeros(len(none), 1), none.clone(), state)
 
     def start_at(self, x: Frames, heard: Tensor) -> Beam:
         beam = self.start(x)
         return replace(beam, frames=heard, state=replace(beam.state, origin=heard))
+
+    def bias(self, beam: Beam, root: int | Tensor) -> Beam:
+        if self.phrases is None:
+            return super().bias(beam, root)
+        state = beam.state
+        nodes = self.phrases.start(len(beam.frames), 1, root=root)[:, 0].to(state.node.device)
+        return replace(beam, state=replace(state, node=self._walked(nodes, state.told.tolist())))
 
     def step(self, x: Frames, beam: Beam) -> Beam:
         return self.peek(x, x[:0], beam)
@@ -144,13 +159,22 @@ class AlignedGreedy(Search):
         state, rows = beam.state, torch.arange(len(n), device=n.device)
         tokens = torch.cat([state.told, beam.said.tokens[:, 0]], 1)
         told = tokens.gather(1, torch.arange(RECENT, device=n.device) + n[:, None])
+        said = [row[:count] for row, count in zip(beam.said.tokens[:, 0].tolist(), n.tolist(), strict=True)]
+        node = self._walked(state.node, said)
         until = beam.said.ends[rows, 0, (n - 1).clamp(min=0)] - state.origin
         looked = replace(state.looked, first=state.looked.first + n)
         state = replace(
-            state, looked=looked, told=told, last=told[:, -1].where(n > 0, state.last), done=state.done + n,
+            state, looked=looked, told=told, node=node, last=told[:, -1].where(n > 0, state.last), done=state.done + n,
             until=until.where(n > 0, state.until),
         )  # fmt: skip
         return replace(after, score=after.said.log_probs.sum(2), state=state)
+
+    def _walked(self, nodes: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Where texts that stood at `nodes` [B] among the phrases stand behind these tokens of each."""
+        if self.phrases is None:
+            return nodes
+        made = [Leaning(self.phrases, at).walked(row) for at, row in zip(nodes.tolist(), tokens, strict=True)]
+        return nodes.new_tensor(made)
 
     def select(self, beam: Beam, parents: Tensor) -> Beam:
         return beam  # there is one
@@ -197,6 +221,11 @@ class AlignedGreedy(Search):
             decoder = tidied(decoder) if block.shape[1] > 1 else decoder
             rows.append(seen.transpose(1, 2))
             used.append(there)
+            if any(row.again for row in speakers):
+                first = torch.tensor([len(row.tokens) if row.again else self.context for row in speakers])
+                every = torch.cat(used, 1)
+                used = [every & (every.cumsum(1) <= first.to(there.device)[:, None])]
+                rows, decoder = [torch.cat(rows, 1)], kept(decoder, state.done + self.decoder.opened + used[0].sum(1))
         n = torch.tensor([len(row.tokens) for row in speakers], device=state.done.device)
         decoder = kept(decoder, state.done + n + 1 + self.decoder.opened)
         looked = self._looked(state, torch.cat(rows, 1), torch.cat(used, 1), n)
@@ -209,14 +238,15 @@ class AlignedGreedy(Search):
         """Who speaks, with the draft before as a guess."""
         state, n = beam.state, beam.said.length[:, 0].tolist()
         speakers = []
-        for told, tokens, length, done, heard, far in zip(
+        for told, tokens, length, done, heard, far, node in zip(
             state.told.tolist(), beam.said.tokens[:, 0].tolist(), n, state.done.tolist(), state.heard.tolist(),
-            farthest(state.looked).tolist(), strict=True,
+            farthest(state.looked).tolist(), state.node.tolist(), strict=True,
         ):  # fmt: skip
             most = min(int(self.most * heard) + self.spare, self.context - 1) - done
             most = 0 if not heard or done >= self.longest else max(0, most)
             told, guess = [token for token in told if token >= 0], tokens[: min(length, most)]
-            speakers.append(Speaker(told, guess, most, far, heard, self.back, self.reach, self.edge))
+            leaning = None if self.phrases is None else Leaning(self.phrases, node)
+            speakers.append(Speaker(told, guess, most, far, heard, self.back, self.reach, self.edge, leaning))
         return speakers
 
     def _block(self, speakers: list[Speaker], state: AlignedState) -> Tensor:
@@ -236,24 +266,25 @@ class AlignedGreedy(Search):
     ) -> Tensor:  # fmt: skip
         """Let those who speak go on by what was found [B, U, D] -> how many of the U tokens were read rightly [B]."""
         begins = [not row.tokens and n > 0 for row, n in zip(speakers, done.tolist(), strict=True)]
-        log_probs, tokens = self._best(hidden, torch.tensor(begins, device=hidden.device))
+        log_probs = self._log_probs(hidden, torch.tensor(begins, device=hidden.device))
+        best, tokens = log_probs.max(-1)
         peaks = number.gather(1, seen.float().mean(1).masked_fill(~sight[:, None], -1.0).argmax(-1))
-        found = zip(*(x.tolist() for x in (tokens, log_probs, tokens == self.eos, peaks)), strict=True)
+        found = zip(*(x.tolist() for x in (tokens, best, tokens == self.eos, peaks)), strict=True)
         counts = [
-            row.follow(*each, whole=whole) if row.speaks else 0 for row, each in zip(speakers, found, strict=True)
+            row.follow(*each, whole=whole, others=partial(some, of)) if row.speaks else 0
+            for row, each, of in zip(speakers, found, log_probs, strict=True)
         ]
         return torch.tensor(counts, device=hidden.device)
 
-    def _best(self, hidden: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-probability of the best token behind each [B, U, D], and the token; the first `begins` [B] a word."""
+    def _log_probs(self, hidden: Tensor, begins: Tensor) -> Tensor:
+        """Of every token behind each [B, U, D]; the first of rows that are `begins` [B] begins a word."""
         scores = self.decoder.logits(hidden)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores[:, :, self.never.to(scores.device)] = -torch.inf
         if len(self.never_next) and bool(begins.any()):
             rows = begins.nonzero()
             scores[rows, 0, self.never_next.to(scores.device)] = -torch.inf
-        best, tokens = scores.max(-1)
-        return best - scores.logsumexp(-1), tokens
+        return scores.sub_(scores.logsumexp(-1, keepdim=True))
 
     def _looked(self, state: AlignedState, new: Tensor, used: Tensor, n: Tensor) -> Looked:
         """The rows of committed tokens, and behind them `n` [B] + 1 of the `new` ones [B, U, N, T] that were used."""
@@ -353,3 +384,8 @@ def packed(cross: tuple[Any, ...]) -> tuple[SoftState, ...]:
         return x.transpose(1, 2)[rows, order].transpose(1, 2)
 
     return tuple(SoftState(picked(c.key), picked(c.value), there) for c in cross)
+
+
+def some(log_probs: Tensor, at: int, tokens: list[int]) -> list[float]:
+    """The log-probabilities of some tokens, of those [U, V] at each place."""
+    return log_probs[at, tokens].tolist()

@@ -151,6 +151,11 @@ class Phrases:
         self._arrays.clear()
         self.version += 1
 
+    def set_of(self, node: int) -> tuple[int, Trie]:
+        """The root of the set that a node belongs to, and its automaton."""
+        root = max(at for at in self._sets if at <= node)
+        return root, self._sets[root]
+
     def start(self, rows: int, size: int, *, root: int | Tensor | None = None) -> Tensor:
         """Nodes [B, K] where nothing is said; `root`: of one set for all, or [B]; the first one.
 

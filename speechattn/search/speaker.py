@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
+from speechattn.search.leaning import Leaning
 from speechattn.search.loops import LONGEST, loop_end
 
 __all__ = ["RECENT", "Speaker"]
@@ -19,6 +22,8 @@ class Speaker:
     it and `reach` behind it, both up to where half a reach begins or ends. It sees more (`wider`) where it finds the
     end of the text, or a peak in the last `edge` frames (that may be about a sound that goes on) or more than `back`
     before `far` (that is said again). Of all that was heard this ends the draft.
+
+    It may be `leaning` towards phrases; where one is taken back the row is `again` at an earlier token.
     """
 
     told: list[int]
@@ -29,7 +34,10 @@ class Speaker:
     back: int
     reach: int
     edge: int
+    leaning: Leaning | None = None
     wider: int = 0
+    again: bool = False
+    fars: list[int] = field(default_factory=list)  # before each token
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     speaks: bool = True
@@ -42,19 +50,28 @@ class Speaker:
         return (self.far - self.back) // step * step, min(self.heard, end * step)
 
     def follow(
-        self, tokens: list[int], log_probs: list[float], ends: list[bool], peaks: list[int], *, whole: bool
-    ) -> int:
+        self, tokens: list[int], log_probs: list[float], ends: list[bool], peaks: list[int], *, whole: bool,
+        others: Callable[[int, list[int]], list[float]],
+    ) -> int:  # fmt: skip
         """Say `tokens`, which were found in this view, as far as the guess behind which they were is right -> how many
-        came into question. Of the `whole` text nothing is about a sound that goes on.
+        came into question. Of the `whole` text nothing is about a sound that goes on. `others` are the
+        log-probabilities of other tokens at a place.
         """
-        guess, self.guess, view = self.guess, [], self.view
-        for i, (token, log_prob, end, peak) in enumerate(zip(tokens, log_probs, ends, peaks, strict=True)):
-            late, end = peak >= view[1] - self.edge, end or peak < self.far - self.back
+        guess, self.guess, self.again, view = self.guess, [], False, self.view
+        for i, (best, probable, end, peak) in enumerate(zip(tokens, log_probs, ends, peaks, strict=True)):
+            token, log_prob = best, probable
+            if self.leaning is not None:
+                token, log_prob = self.leaning.choose(len(self.tokens), best, probable, partial(others, i))
+            late, end = peak >= view[1] - self.edge, (end and token == best) or peak < self.far - self.back
             if (end or late) and view[1] < self.heard:
                 self.guess, self.wider = guess[i:], self.wider + 1
                 return i
+            waits = late and not whole
+            if self.leaning is not None and not waits and self.leaning.fails(token, end):
+                self._take_back(self.leaning)
+                return i
             self.wider, right = 0, i < len(guess) and guess[i] == token
-            self._say(token, log_prob, end or (late and not whole))
+            self._say(token, log_prob, end or waits, probable - log_prob)
             self.far = self.far if late else max(self.far, peak)
             if not self.speaks or not right:
                 return i + 1
@@ -63,10 +80,19 @@ class Speaker:
                 return i + 1
         return len(tokens)
 
-    def _say(self, token: int, log_prob: float, stop: bool) -> None:
+    def _take_back(self, leaning: Leaning) -> None:
+        """Speak again from where a phrase began that is none."""
+        place = leaning.take_back()
+        self.far, self.wider, self.again = self.fars[place], 0, True
+        del self.tokens[place:], self.log_probs[place:], self.fars[place:]
+
+    def _say(self, token: int, log_prob: float, stop: bool, lost: float) -> None:
         if stop or len(self.tokens) >= self.most:
             self.speaks = False
             return
+        if self.leaning is not None:
+            self.leaning.say(token, place=len(self.tokens), lost=lost)
+        self.fars.append(self.far)
         self.tokens.append(token)
         self.log_probs.append(log_prob)
         recent = [*self.told, *self.tokens][-RECENT:]
