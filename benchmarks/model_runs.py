@@ -5,6 +5,7 @@ Computing is counted in processor time, so that a job may run beside another one
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,15 +78,22 @@ def megabytes() -> float:
 
 
 def through(session: Session, samples: Samples) -> Listened:
-    """Everything that a session says of the samples [n]."""
-    events, cost, memory = list[Event](), list[float](), list[float]()
-    for number, piece in enumerate(pieces(samples)):
-        began = time.process_time()
-        events += session.feed(piece, RATE)
-        cost.append(1e3 * (time.process_time() - began))
-        if number % round(60 / PIECE_S) == 0:
-            memory.append(megabytes())
-    return Listened(events + session.finish(), cost, memory, len(samples) / RATE)
+    """Everything that a session says of the samples [n].
+
+    Events go to a file until the end, as those of `speechattn stream --format jsonl` do: memory is that of listening.
+    """
+    cost, memory = np.zeros(-(-len(samples) // round(PIECE_S * RATE))), list[float]()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+        for number, piece in enumerate(pieces(samples)):
+            began = time.process_time()
+            events = session.feed(piece, RATE)
+            cost[number] = 1e3 * (time.process_time() - began)
+            log.writelines(f"{event.to_json()}\n" for event in events)
+            if number % round(60 / PIECE_S) == 0:
+                memory.append(megabytes())
+        log.writelines(f"{event.to_json()}\n" for event in session.finish())
+        log.seek(0)
+        return Listened([*map(Event.from_json, log)], cost.tolist(), memory, len(samples) / RATE)
 
 
 def clips_streamed(name: str, chunk_ms: int | None, lines: Sequence[Line]) -> list[str]:

@@ -37,6 +37,7 @@ __all__ = ["add_parser", "changed", "command", "commit", "ears", "judged_by", "s
 FREE = ("command", "run", "processes", "normaliser", "limit", "output_dir", "metric", "json")  # may change in between
 POLICY = ("policy", *SETTINGS, "min_chunk_size")
 SEARCH = ("search", "beam_size")
+LISTS = ("hotwords_file", "terms", "terms_model")  # files that options name
 Keep = Callable[[Sequence[Heard]], None]
 
 
@@ -175,13 +176,12 @@ def changed(options: argparse.Namespace, names: tuple[str, ...]) -> argparse.Nam
 def settings(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """What the texts depend on: all options but the free ones, and what their files hold."""
     said = {name: value for name, value in vars(options).items() if name not in FREE}
-    for name in ("model", "manifest", "hotwords_file"):  # the same file from another folder is the same
+    for name in ("model", "manifest", *LISTS):  # the same file from another folder is the same
         if said[name] is not None and Path(said[name]).expanduser().exists():
             said[name] = str(Path(said[name]).expanduser().resolve())
     said["contents of the model"] = fingerprint(located(options.model), but=place)
     said["contents of the manifest"] = fingerprint(options.manifest)
-    if options.hotwords_file is not None:
-        said["contents of the hotwords"] = fingerprint(options.hotwords_file)
+    said |= {f"contents of {name}": fingerprint(getattr(options, name)) for name in LISTS if said[name] is not None}
     return said
 
 

@@ -14,6 +14,7 @@ import torch
 from speechattn.attention import BACKENDS
 from speechattn.audio.vad import AlwaysSpeech, SileroVAD, VoiceActivity
 from speechattn.cli.policies import SETTINGS, add_policy_options, build_policy, build_streaming_policy
+from speechattn.cli.terms import OPTIONS, add_terms_options, build_terms
 from speechattn.errors import InputError
 from speechattn.live.endings import StreamSettings
 from speechattn.live.listener import WindowModel
@@ -35,7 +36,7 @@ __all__ = [
 
 NEVER_S = 1e9
 WINDOWS = ("min_chunk_size", "audio_max_len", "history", "no_vad")
-STREAMS = ("chunk_ms", "search", "beam_size", "hotwords_file", "hotwords_score", "silence")
+STREAMS = ("chunk_ms", "search", "beam_size", "hotwords_file", "hotwords_score", "silence", *OPTIONS)
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, translate: bool = False) -> None:
@@ -99,8 +100,10 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--beam-size", "--beams", type=int, metavar="K", help="hypotheses (default 10; 1 is greedy)")
     group.add_argument("--hotwords-file", metavar="FILE", help="phrases to prefer, one a line, as plain text")
     group.add_argument(
-        "--hotwords-score", type=float, metavar="X", help="log-probability for each of their tokens (default 1.5)"
-    )
+        "--hotwords-score", type=float, metavar="X",
+        help="log-probability for each token of these and of terms (default 1.5; 4 with --search aligned)",
+    )  # fmt: skip
+    add_terms_options(group)
     group.add_argument("--silence", type=float, metavar="S", help="an utterance ends after S seconds (default 0.6)")
 
 
@@ -172,8 +175,10 @@ def refuse(options: argparse.Namespace, names: Sequence[str], kind: str) -> None
 def build_stream(options: argparse.Namespace, model: Recognizer, *, trace: bool) -> Session:
     """A session of a model that streams."""
     phrases = None if options.hotwords_file is None else read_phrases(Path(options.hotwords_file))
-    if options.hotwords_score is not None and phrases is None:
-        raise InputError("--hotwords-score needs --hotwords-file")
+    if options.hotwords_score is not None and phrases is None and options.terms is None:
+        raise InputError("--hotwords-score needs --hotwords-file or --terms")
+    terms = build_terms(options)
+    phrases = [] if phrases is None and terms is not None else phrases
     given = {"beam_size": options.beam_size, "bonus": options.hotwords_score}
     search = model.search(
         options.search, phrases=phrases, **{name: value for name, value in given.items() if value is not None}
@@ -182,7 +187,7 @@ def build_stream(options: argparse.Namespace, model: Recognizer, *, trace: bool)
         raise InputError(f"--beam-size {options.beam_size}: the search of this model has one hypothesis; see --search")
     settings = StreamSettings() if options.silence is None else StreamSettings(silence_s=options.silence)
     policy = build_streaming_policy(options, model, search)
-    return Session(model, settings=settings, search=search, policy=policy, trace=trace)
+    return Session(model, settings=settings, search=search, terms=terms, policy=policy, trace=trace)
 
 
 def read_phrases(path: Path) -> list[str]:

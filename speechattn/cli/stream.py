@@ -22,6 +22,7 @@ from speechattn.cli.options import (
     build_session,
     resolved,
 )  # fmt: skip
+from speechattn.cli.terms import tell_terms
 from speechattn.errors import InputError
 from speechattn.live.session import Session
 
@@ -79,6 +80,8 @@ def show(
         if options.source == "mic":
             return 0
         raise InputError(f"interrupted after {session.audio_s:.1f} s; what was committed until then is above") from None
+    finally:
+        tell_terms(session)
     return 0
 
 

@@ -23,6 +23,7 @@ from speechattn.cli.options import (
     folder,
 )  # fmt: skip
 from speechattn.cli.stream import play
+from speechattn.cli.terms import tell_terms
 from speechattn.errors import InputError
 from speechattn.live.formats import FORMATS
 from speechattn.live.session import Session
@@ -73,10 +74,11 @@ def write_all(
     """
     failed = []
     for name, path in zip(names, paths, strict=True):
-        display, interrupted = Written(kind, name, path), False
+        display, interrupted, session = Written(kind, name, path), False, None
         try:
             rate, blocks = opened(name)
-            play(begin(), blocks, rate, display, paced=False)
+            session = begin()
+            play(session, blocks, rate, display, paced=False)
         except InputError as error:
             failed.append(str(error))
         except KeyboardInterrupt:
@@ -85,6 +87,8 @@ def write_all(
                 failed.append(f"{name}: interrupted; what was committed until then is written")
         try:
             display.write()
+            if session is not None:
+                tell_terms(session, None if path is None else path.with_suffix(".terms.tsv"))
         except InputError as error:  # the other files may still be written
             failed.append(str(error))
         if interrupted:

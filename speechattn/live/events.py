@@ -44,7 +44,8 @@ class Event:
 
     `unstable` is the rest of the current hypothesis, replaced by every later event. `final` marks the end of an
     utterance. A `withheld` event carries in `withheld` text that was judged a loop and will not be committed. A session
-    that was asked for a `trace` says at every step that has a draft why it committed no more.
+    that was asked for a `trace` says at every step that has a draft why it committed no more. `terms` are those that
+    were retrieved and that `committed` completes.
 
     Times in seconds: `audio_s` of sound had been heard; `emitted_s` is when the words appeared had the sound come at
     speaking speed, the time of computing and of waiting for earlier steps included; `wall_s` is the clock since the
@@ -61,9 +62,10 @@ class Event:
     emitted_s: float = field(default=0.0, compare=False)
     wall_s: float = field(default=0.0, compare=False)
     trace: Trace | None = None
+    terms: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """One line of JSON; times to the millisecond; a trace only where there is one."""
+        """One line of JSON; times to the millisecond; a trace and terms only where there are some."""
 
         def short(value: Any) -> Any:
             if isinstance(value, float):
@@ -72,7 +74,7 @@ class Event:
                 return {key: short(item) for key, item in value.items()}
             return [short(item) for item in value] if isinstance(value, list | tuple) else value
 
-        said = {key: value for key, value in asdict(self).items() if key != "trace" or value is not None}
+        said = {key: value for key, value in asdict(self).items() if key not in ("trace", "terms") or value}
         return json.dumps(short(said), ensure_ascii=False)
 
     @classmethod
@@ -80,4 +82,5 @@ class Event:
         """The event that `to_json` wrote; ValueError or TypeError when the line is none."""
         said = json.loads(line)
         trace = Trace(**said["trace"]) if said.get("trace") is not None else None
-        return cls(**{**said, "words": tuple(Word(**word) for word in said["words"]), "trace": trace})
+        words, terms = tuple(Word(**word) for word in said["words"]), tuple(said.get("terms", ()))
+        return cls(**{**said, "words": words, "trace": trace, "terms": terms})

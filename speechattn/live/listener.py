@@ -70,8 +70,8 @@ class StreamModel(Model, Protocol):
     def sound(self, samples: Samples) -> Tensor:
         """Samples [N] as `listening` wants them [1, N]."""
 
-    def search(self) -> Search:
-        """The model's own choice, over encoder frames."""
+    def search(self, *, phrases: Sequence[str] | None = None) -> Search:
+        """The model's own choice, over encoder frames; one that prefers `phrases`, if only an empty list."""
 
     def blank(self, frames: Frames) -> Tensor:
         """Where nothing is said [B, T] bool, as the model hears it."""
@@ -112,6 +112,7 @@ class Decision:
     withheld: str = ""
     final: bool = False
     trace: Trace | None = None
+    terms: tuple[str, ...] = ()
 
 
 class Listener(Protocol):

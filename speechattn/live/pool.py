@@ -11,6 +11,7 @@ from speechattn.live.events import Event
 from speechattn.live.listener import StreamModel
 from speechattn.live.session import Session
 from speechattn.live.streaming import Streaming, listen
+from speechattn.live.terms import Terms
 from speechattn.search import Search
 from speechattn.search.phrases import Hits
 
@@ -43,16 +44,19 @@ class Pool:
         self.sessions: dict[int, Session] = {}
         self.opened = 0
 
-    def open(self, *, phrases: Sequence[str] = (), on_event: Callable[[Event], None] | None = None) -> int:
+    def open(
+        self, *, phrases: Sequence[str] = (), terms: Terms | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> int:  # fmt: skip
         """A slot for a new stream: its number, never used again. InputError when all are taken.
 
-        `phrases` are preferred in this stream; `prefer` gives it others.
+        `phrases` are preferred in this stream; `prefer` gives it others. So are `terms`, where they are retrieved.
         """
         if len(self.sessions) == self.slots:
             raise InputError(f"all {self.slots} slots are taken; close one first")
         session = Session(
-            self.model, settings=self.settings, search=self.search, trace=self.trace, on_event=on_event,
-            clock=self.clock,
+            self.model, settings=self.settings, search=self.search, terms=terms, trace=self.trace,
+            on_event=on_event, clock=self.clock,
         )  # fmt: skip
         if phrases:
             session.prefer(phrases)

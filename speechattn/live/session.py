@@ -20,10 +20,12 @@ from speechattn.live.endings import StreamSettings
 from speechattn.live.events import Event, Word
 from speechattn.live.listener import Decision, Listener, StreamModel, WindowModel
 from speechattn.live.streaming import Streaming
+from speechattn.live.terms import Terms, TermUse, Watch
 from speechattn.live.windowed import Settings, Windowed
 from speechattn.policy import Policy
 from speechattn.search import Search
 from speechattn.search.phrases import Hits
+from speechattn.terms.text import Term
 
 __all__ = ["Session", "listener"]
 
@@ -31,7 +33,7 @@ __all__ = ["Session", "listener"]
 def listener(
     model: StreamModel | WindowModel, *, policy: Policy | None = None,
     settings: Settings | StreamSettings | None = None, vad: VoiceActivity | None = None, search: Search | None = None,
-    trace: bool = False,
+    terms: Terms | None = None, trace: bool = False,
 ) -> Listener:  # fmt: skip
     """Who listens with this kind of model; InputError for what the kind cannot honour.
 
@@ -44,9 +46,11 @@ def listener(
             raise InputError("this model hears by itself where nobody speaks: it takes no voice detection")
         if isinstance(settings, Settings):
             raise InputError("this model reads no windows: its settings are StreamSettings")
-        return Streaming(model, policy=policy, settings=settings, search=search, trace=trace)
+        return Streaming(model, policy=policy, settings=settings, search=search, terms=terms, trace=trace)
     if search is not None or isinstance(settings, StreamSettings):
         raise InputError("this model reads windows of sound: it takes Settings, and no search of a stream")
+    if terms is not None:
+        raise InputError("this model reads windows of sound: no terms are retrieved for it")
     return Windowed(model, policy=policy, settings=settings, vad=vad, trace=trace)
 
 
@@ -78,8 +82,8 @@ class Session:
     Laws: committed text only grows; the events do not depend on how the sound was cut into pieces; memory and the
     time of a step are bounded, however long the stream is; `finish` commits everything that is not a loop.
 
-    What else is given (`policy`, `settings`, `vad`, `search`) goes to the `listener` that the model needs. With `trace`
-    every step that has a draft is an event, and says why it committed no more; the text is the same. With
+    What else is given (`policy`, `settings`, `vad`, `search`, `terms`) goes to the `listener` that the model needs.
+    With `trace` every step that has a draft is an event, and says why it committed no more; the text is the same. With
     `backend` all attention in the model computes by it from now on, for this session and for all others that share the
     model (see `set_backend`); InputError for one that cannot.
     `on_event` is called with every event. As a context manager a session finishes when the block ends without an
@@ -89,13 +93,15 @@ class Session:
     def __init__(
         self, model: StreamModel | WindowModel, *, policy: Policy | None = None,
         settings: Settings | StreamSettings | None = None, vad: VoiceActivity | None = None,
-        search: Search | None = None, backend: str | None = None, trace: bool = False,
+        search: Search | None = None, terms: Terms | None = None, backend: str | None = None, trace: bool = False,
         on_event: Callable[[Event], None] | None = None, clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         if backend is not None:
             choose_backend(model, backend)
         self.model = model
-        self.listener = listener(model, policy=policy, settings=settings, vad=vad, search=search, trace=trace)
+        self.listener = listener(
+            model, policy=policy, settings=settings, vad=vad, search=search, terms=terms, trace=trace
+        )  # fmt: skip
         self.on_event, self.clock, self.began = on_event, clock, clock()
         self.resampler: Resampler | None = None
         self.ready_s = 0.0  # when the last step would have ended at speaking speed
@@ -149,6 +155,25 @@ class Session:
         """Where each phrase was said since it was asked for: pairs of seconds, none for one that was not."""
         return self._streaming().report.hits()
 
+    def terms(self) -> list[TermUse] | None:
+        """What became of each term that was retrieved in an utterance that is over; None where there are no terms."""
+        watch = self.listener.watch if isinstance(self.listener, Streaming) else None
+        return None if watch is None else [*watch.uses.values()]
+
+    def add_terms(self, terms: Sequence[Term]) -> None:
+        """From now on these terms may be retrieved, too. InputError for one that is there or that cannot be spelled."""
+        self._watch().spotter.add(terms)
+
+    def remove_terms(self, sources: Sequence[str]) -> None:
+        """From now on these are not retrieved. InputError for one that is not there."""
+        self._watch().spotter.remove(sources)
+
+    def _watch(self) -> Watch:
+        watch = self._streaming().watch
+        if watch is None:
+            raise InputError("this session was made without terms")
+        return watch
+
     def _streaming(self) -> Streaming:
         if not isinstance(self.listener, Streaming):
             raise InputError("this model reads windows of sound: it takes no phrases")
@@ -184,7 +209,10 @@ class Session:
         text = "".join(word.text for word in words)
         events = []
         if text or decision.unstable or decision.final or decision.trace:
-            said = Event("text", text, decision.unstable, words, self.audio_s, decision.final, trace=decision.trace)
+            said = Event(
+                "text", text, decision.unstable, words, self.audio_s, decision.final, trace=decision.trace,
+                terms=decision.terms,
+            )  # fmt: skip
             events.append(said)
         if decision.withheld:
             events.append(Event("withheld", "", "", (), self.audio_s, withheld=decision.withheld))

@@ -22,6 +22,7 @@ from speechattn.live.listener import Decision, StreamModel
 from speechattn.live.report import Report
 from speechattn.live.rows import Place, Row, Rows, joined
 from speechattn.live.suited import suited
+from speechattn.live.terms import Terms, Watch
 from speechattn.policy import Policy, Source
 from speechattn.policy.retranslation import Retranslation
 from speechattn.search import Beam, Draft, Hypothesis, Search
@@ -29,6 +30,7 @@ from speechattn.text.pieces import spelled
 
 __all__ = ["Streaming", "listen"]
 
+UNABLE = "this search takes no phrases: make it with phrases, if only an empty list"
 NOTHING = Hypothesis((), 0.0, (), ())
 DISAGREE, OVER = "hypotheses disagree on it", "it belongs to the next utterance"  # why words wait
 INCOMPLETE, FEW = "incomplete word", "too little was heard"
@@ -42,9 +44,10 @@ class Streaming:
 
     def __init__(
         self, model: StreamModel, *, policy: Policy | None = None, settings: StreamSettings | None = None,
-        search: Search | None = None, trace: bool = False,
+        search: Search | None = None, terms: Terms | None = None, trace: bool = False,
     ) -> None:  # fmt: skip
-        self.search, self.trace = search or model.search(), trace
+        self.search = search or (model.search() if terms is None else model.search(phrases=[]))
+        self.trace = trace
         self.model, self.policy = model, suited(policy, self.search)
         self.settings, self.least = settings or StreamSettings(), HEARD if self.search.heads else 1
         self.frame_s = model.frame_s  # which takes a while to work out
@@ -62,6 +65,10 @@ class Streaming:
         self.tail = ""
         self.place: Place | None = None
         self.root: int | None = None
+        self.phrases: tuple[str, ...] = ()
+        self.watch = None if terms is None else Watch(terms, translates=self.search.reorders)
+        if terms is not None and self.search.phrases is None:
+            raise InputError(UNABLE)
         self.report = Report(() if self.search.phrases is None else self.search.phrases.lines)
         self.until = 0.0  # where the last word ends
 
@@ -70,23 +77,33 @@ class Streaming:
 
         InputError for phrases that the vocabulary cannot spell, and for a search that takes none.
         """
-        book = self.search.phrases
-        if book is None:
-            raise InputError("this search takes no phrases: make it with phrases, if only an empty list")
-        found = spelled(phrases, self.model.tokenizer, spaceless=self.model.spaceless)
-        tokens = [s for phrase in found for s in phrase.spellings]
-        before, self.root = self.root, book.add(tokens)
+        before = self.turn(phrases)
         if self.place is not None:
             row = self.place.row
-            self.place = Place(Rows(replace(row, beam=self.search.bias(row.beam, self.root)), 1), 0)
+            self.place = Place(Rows(replace(row, beam=self.search.bias(row.beam, self.root or 0)), 1), 0)
         self.report = Report(phrases)
-        if before is not None:
-            book.remove(before)
+        self.drop(before)
+
+    def turn(self, phrases: Sequence[str] | None = None) -> int | None:
+        """These phrases (the same as before) and the terms that were retrieved are a new set; the old one's root."""
+        book = self.search.phrases
+        if book is None:
+            raise InputError(UNABLE)
+        phrases = self.phrases if phrases is None else tuple(phrases)
+        wanted = phrases if self.watch is None else (*phrases, *self.watch.phrases)
+        found = spelled(wanted, self.model.tokenizer, spaceless=self.model.spaceless)
+        before, self.phrases = self.root, phrases
+        self.root = book.add([s for phrase in found for s in phrase.spellings])
+        return before
+
+    def drop(self, root: int | None) -> None:
+        """A set that nobody uses any more: its place is free for those of others."""
+        if root is not None and self.search.phrases is not None:
+            self.search.phrases.remove(root)
 
     def forget(self) -> None:
-        """No phrases any more: their place is free for those of others."""
-        if self.root is not None and self.search.phrases is not None:
-            self.search.phrases.remove(self.root)
+        """No phrases any more."""
+        self.drop(self.root)
         self.root = None
 
     @property
@@ -147,8 +164,17 @@ class Streaming:
         before, self.tail = self.tail, ""
         self.state = None if self.policy is None else self.policy.initial()
         self.words.anew()
-        n = len(best.tokens)
-        return Decision(words, final=True, trace=self._traced(best, n)) if words or spoke or before else None
+        n, terms = len(best.tokens), self._terms(words)
+        if self.watch is not None:
+            preferred = self.watch.phrases
+            self.watch.forget()
+            self.drop(self.turn() if preferred else None)
+        trace = self._traced(best, n)
+        return Decision(words, final=True, trace=trace, terms=terms) if words or spoke or before else None
+
+    def _terms(self, words: Sequence[Word]) -> tuple[str, ...]:
+        """The retrieved terms that these words complete."""
+        return () if self.watch is None else self.watch.add(words)
 
     def safe(
         self, best: Hypothesis, agreed: int, glimpse: Glimpse, draft: Draft | None = None, ahead: Sequence[int] = ()
@@ -189,7 +215,8 @@ class Streaming:
         self.first += n
         tail = shown(self.policy, best.tokens[n:], self._sizes)
         before, self.tail = self.tail, self._text(tail) if tail else ""
-        return Decision(words, self.tail, trace=trace) if words or self.tail != before or trace else None
+        terms = self._terms(words)
+        return Decision(words, self.tail, trace=trace, terms=terms) if words or self.tail != before or trace else None
 
     def _traced(self, best: Hypothesis, n: int, why: str = "") -> Trace | None:
         """What became of a draft, if anybody asks and there was one."""
@@ -252,9 +279,14 @@ def started(listeners: Sequence[Streaming], frames: Frames, heard: Tensor) -> Be
     beam = search.start_at(frames, heard)
     if search.phrases is None or all(one.root is None for one in listeners):
         return beam
-    none = search.phrases.root
-    roots = [none if one.root is None else one.root for one in listeners]
-    return search.bias(beam, torch.tensor(roots, device=heard.device))
+    return search.bias(beam, roots(listeners, heard.device))
+
+
+def roots(listeners: Sequence[Streaming], device: torch.device) -> Tensor:
+    """The set of phrases [B] of each."""
+    phrases = listeners[0].search.phrases
+    assert phrases is not None
+    return torch.tensor([phrases.root if one.root is None else one.root for one in listeners], device=device)
 
 
 def search_on(
@@ -278,6 +310,7 @@ def search_on(
             stop[i], end = one.limits.until_end(nothing[i], valid[i], at[i], counts[i])
             one.words.hear(labels[i][at[i] : stop[i]])
             over.append(end)
+        beam = retrieved(listeners, frames, at, stop, beam)
         sees = torch.tensor([new and not end for new, end in zip(fresh, over, strict=True)], device=ahead.mask.device)
         beam = search.peek(between(frames, at, stop), Frames.of(ahead.values, ahead.mask & sees[:, None]), beam)
         at, fresh = list(stop), over
@@ -302,6 +335,30 @@ def search_on(
         counts[i][1] = max(counts[i][1], one.limits.weary(room[i]))
     quiet, since, spoke = torch.tensor(counts, device=frames.mask.device).unbind(1)
     return Row(row.stream, search.commit(beam, torch.tensor(n, device=quiet.device)), quiet, since, spoke)
+
+
+def retrieved(
+    listeners: Sequence[Streaming], frames: Frames, first: Sequence[int], last: Sequence[int], beam: Beam
+) -> Beam:  # fmt: skip
+    """Those who watch for terms hear their frames from `first` [B] to before `last` [B], and prefer what they find."""
+    before = dict[int, int | None]()
+    for i, one in enumerate(listeners):
+        if one.watch is not None and one.watch.hear(valid(frames, i, first[i], last[i])):
+            before[i] = one.turn()
+    if not before:
+        return beam
+    search = listeners[0].search
+    beam = search.bias(beam, roots(listeners, frames.mask.device))
+    for i, root in before.items():
+        listeners[i].drop(root)
+    return beam
+
+
+def valid(frames: Frames, i: int, first: int, last: int) -> Frames:
+    """The valid frames of row `i` from `first` to before `last`, by themselves [1, T, D]."""
+    there = frames.mask[i, first:last]
+    values = frames.values[i, first:last][there][None]
+    return Frames(values, there.new_ones(1, values.shape[1]))
 
 
 def always(reason: str) -> Callable[[int], str]:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from speechattn.audio.resample import Samples
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
-from speechattn.decoder.letters import Letters
+from speechattn.decoder.letters import Letters, OwnTokens
 from speechattn.decoder.transducer import Transducer
 from speechattn.encoder import Encoder
 from speechattn.errors import InputError, ModelError
 from speechattn.frames import Frames
 from speechattn.live.transcript import Transcript, transcribe
-from speechattn.model.searches import HEARING, LETTERS, SEARCHES, SOURCE, possible
+from speechattn.model.searches import BONUS, HEARING, LETTERS, SEARCHES, SOURCE, possible
 from speechattn.model.window import WindowRecognizer
 from speechattn.policy.adaptive import WordCounter
 from speechattn.search import Search
@@ -118,7 +118,7 @@ class Recognizer(nn.Module):
         head = heads.get(name)
         if not isinstance(head, CTC):
             return None
-        return WordCounter(head, head.pieces if isinstance(head, Letters) else self.tokenizer, self.spaceless)
+        return WordCounter(head, head.pieces if isinstance(head, OwnTokens) else self.tokenizer, self.spaceless)
 
     def cast(self, dtype: torch.dtype) -> Recognizer:
         """Weights of this type; the front-end is never less exact than float32."""
@@ -133,12 +133,13 @@ class Recognizer(nn.Module):
         return torch.from_numpy(samples)[None].to(like.device, exact)
 
     def search(
-        self, kind: str | None = None, *, beam_size: int = 10, phrases: Sequence[str] | None = None, bonus: float = 1.5
-    ) -> Search:
+        self, kind: str | None = None, *, beam_size: int = 10, phrases: Sequence[str] | None = None,
+        bonus: float | None = None,
+    ) -> Search:  # fmt: skip
         """A search over encoder frames: one of `SEARCHES`; None: the first that the heads allow.
 
-        `phrases` are preferred by `bonus`, a log-probability for each token; with an empty list there are none yet,
-        and a session can `prefer` some later. InputError for what cannot be done.
+        `phrases` are preferred by `bonus`, a log-probability for each token (None: the search's own); with an empty
+        list there are none yet, and a session can `prefer` some later. InputError for what cannot be done.
         """
         known = possible(self.heads, streams=self.listening.plan().block is not None)
         kind = known[0] if kind is None and known else str(kind)
@@ -146,6 +147,7 @@ class Recognizer(nn.Module):
             raise InputError(f"search {kind}: this model's heads allow {', '.join(known) or 'none'}")
         if not isinstance(beam_size, int) or not 1 <= beam_size <= WIDEST:
             raise InputError(f"beam size {beam_size}: a whole number from 1 to {WIDEST}")
+        bonus = BONUS.get(kind, 1.5) if bonus is None else bonus
         if not isfinite(bonus):
             raise InputError(f"bonus {bonus}: wanted a finite number")
         book = None

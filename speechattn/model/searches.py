@@ -26,7 +26,7 @@ from speechattn.search.triggered import TriggeredBeam
 from speechattn.search.turns import Turns
 from speechattn.text.pieces import Pieces
 
-__all__ = ["HEARING", "LETTERS", "SEARCHES", "SOURCE", "Kind", "possible"]
+__all__ = ["BONUS", "HEARING", "LETTERS", "SEARCHES", "SOURCE", "Kind", "possible"]
 
 LETTERS = "letters"  # a CTC head of letters, which no search says: it hears where nobody speaks
 SOURCE = "source"  # a translator's CTC head of what was said: no search says its text
@@ -225,6 +225,9 @@ SEARCHES: Mapping[str, Kind] = {
     "cass_nat": AtOnce(), "attention": ByAttention(), "aligned": ByAlignment(),
     "turns": ByTurns(),
 }  # fmt: skip
+
+
+BONUS = {"aligned": 4.0}  # of a token in a phrase, where it is not 1.5
 
 
 def possible(heads: nn.ModuleDict, *, streams: bool = True) -> Sequence[str]:

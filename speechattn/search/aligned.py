@@ -32,8 +32,9 @@ class AlignedState:
     """What the decoder has read: the frames, and the tokens of `decoder.cache`, of which the first `done` [B] stay.
 
     The token `last` [B] is read again when there are new frames; the draft stands behind it. `told` [B, RECENT] are
-    the newest committed tokens, behind -1, and `node` [B] is where all of them stand among the phrases. Of the stream's frames `origin` [B] came before the search began; since
-    then `heard` [B] were read, and the committed text ends at frame `until` [B].
+    the newest committed tokens, behind -1, and all of them stand at `node` [B] among the phrases. Of the stream's
+    frames `origin` [B] came before the search began; since then `heard` [B] were read, and the committed text ends at
+    frame `until` [B].
     """
 
     decoder: DecoderState
@@ -80,6 +81,8 @@ class AlignedGreedy(Search):
             raise ValueError(f"cross attention in layers {wrong} is not soft: a token cannot be taken back there")
         if min(edge, back, reach - 1, memory - 1, history) < 0:
             raise ValueError(f"edge {edge}, back {back}, reach {reach}, memory {memory}, history {history}: too few")
+        if phrases is not None and phrases.bonus < 0:
+            raise ValueError(f"a bonus of {phrases.bonus:g}: it prefers phrases, and avoids none")
         self.decoder, self.sos, self.eos, self.phrases = decoder, sos, eos, phrases
         self.heads, self.peeks = decoder.alignment_heads, True
         self.edge, self.back, self.reach = edge, back, reach
@@ -160,11 +163,11 @@ class AlignedGreedy(Search):
         tokens = torch.cat([state.told, beam.said.tokens[:, 0]], 1)
         told = tokens.gather(1, torch.arange(RECENT, device=n.device) + n[:, None])
         said = [row[:count] for row, count in zip(beam.said.tokens[:, 0].tolist(), n.tolist(), strict=True)]
-        node = self._walked(state.node, said)
+        place = self._walked(state.node, said)
         until = beam.said.ends[rows, 0, (n - 1).clamp(min=0)] - state.origin
         looked = replace(state.looked, first=state.looked.first + n)
         state = replace(
-            state, looked=looked, told=told, node=node, last=told[:, -1].where(n > 0, state.last), done=state.done + n,
+            state, looked=looked, told=told, node=place, last=told[:, -1].where(n > 0, state.last), done=state.done + n,
             until=until.where(n > 0, state.until),
         )  # fmt: skip
         return replace(after, score=after.said.log_probs.sum(2), state=state)
@@ -238,14 +241,14 @@ class AlignedGreedy(Search):
         """Who speaks, with the draft before as a guess."""
         state, n = beam.state, beam.said.length[:, 0].tolist()
         speakers = []
-        for told, tokens, length, done, heard, far, node in zip(
+        for told, tokens, length, done, heard, far, at in zip(
             state.told.tolist(), beam.said.tokens[:, 0].tolist(), n, state.done.tolist(), state.heard.tolist(),
             farthest(state.looked).tolist(), state.node.tolist(), strict=True,
         ):  # fmt: skip
             most = min(int(self.most * heard) + self.spare, self.context - 1) - done
             most = 0 if not heard or done >= self.longest else max(0, most)
             told, guess = [token for token in told if token >= 0], tokens[: min(length, most)]
-            leaning = None if self.phrases is None else Leaning(self.phrases, node)
+            leaning = None if self.phrases is None else Leaning(self.phrases, at)
             speakers.append(Speaker(told, guess, most, far, heard, self.back, self.reach, self.edge, leaning))
         return speakers
 

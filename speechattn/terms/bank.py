@@ -45,6 +45,12 @@ class Bank:
         """Of a text file (`parse_terms`)."""
         return cls(matcher, read_terms(path))
 
+    def copy(self) -> Bank:
+        """The same terms, which may be changed without changing these."""
+        made = Bank(self.matcher)
+        made.terms, made.embedding = self.terms, self.embedding
+        return made
+
     def __len__(self) -> int:
         return len(self.terms)
 
