@@ -15,6 +15,8 @@ from speechattn.live import Event
 from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
 from speechattn.search import Draft
+from speechattn.search.leaning import Leaning
+from speechattn.search.phrases import Phrases
 from speechattn.stream import Sliding, Stream
 
 RATE = 16000
@@ -65,6 +67,9 @@ class FakeModel:
     encoded: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
 
+    def phrases(self, bonus: float) -> Phrases | None:
+        return None
+
     def policy(self) -> Policy:
         return AlignAtt.whisper(self.alignment_heads)
 
@@ -79,6 +84,7 @@ class FakeModel:
     def draft(
         self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),
         heads: tuple[tuple[int, int], ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
+        leaning: Leaning | None = None,
     ) -> Draft:  # fmt: skip
         start_s, end_s = int(memory.start[0]) / RATE, self.end_s
         self.prompts.append(len(committed) + len(context))
@@ -118,6 +124,7 @@ class Reordering(FakeModel):
     def draft(
         self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),
         heads: tuple[tuple[int, int], ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
+        leaning: Leaning | None = None,
     ) -> Draft:  # fmt: skip
         start_s, end_s = int(memory.start[0]) / RATE, self.end_s
         self.prompts.append(len(committed) + len(context))

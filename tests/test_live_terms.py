@@ -245,10 +245,6 @@ def test_who_cannot_says_so(model: Recognizer, matcher: Scripted) -> None:
     assert text(heard(Session(model, terms=Terms(bank(matcher, "jon"))), sound(JON))).startswith(
         "call"
     )  # its own search
-    window = model.windowed()
-    assert window is not None
-    with pytest.raises(InputError, match="reads windows of sound"):
-        Session(window, terms=Terms(bank(matcher, "jon")))
 
 
 def test_the_command_reports_terms(
@@ -292,7 +288,7 @@ def test_the_command_reports_terms(
         (["--terms-top-k", "3"], "--terms-top-k needs --terms"),
         (["--terms", "TERMS"], "has no retriever of terms"),
         (["--terms", "TERMS", "--terms-model", "FOLDER"], "config.yaml"),
-        (["--terms", "TERMS", "--model", "tiny.en"], "--terms does nothing with tiny.en, which reads windows of sound"),
+        (["--terms", "TERMS", "--model", "tiny.en"], "tiny.en has no retriever of terms"),
     ],
 )
 def test_options_that_cannot_be_honoured(

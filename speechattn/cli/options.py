@@ -14,12 +14,13 @@ import torch
 from speechattn.attention import BACKENDS
 from speechattn.audio.vad import AlwaysSpeech, SileroVAD, VoiceActivity
 from speechattn.cli.policies import SETTINGS, add_policy_options, build_policy, build_streaming_policy
-from speechattn.cli.terms import OPTIONS, add_terms_options, build_terms
+from speechattn.cli.terms import add_terms_options, build_terms
 from speechattn.errors import InputError
 from speechattn.live.endings import StreamSettings
 from speechattn.live.listener import WindowModel
 from speechattn.live.session import Session, choose_backend
 from speechattn.live.streaming import Streaming
+from speechattn.live.terms import Terms
 from speechattn.live.windowed import Settings, Windowed
 from speechattn.model import Recognizer, load_model
 from speechattn.model.chunks import set_chunk
@@ -35,8 +36,8 @@ __all__ = [
 ]  # fmt: skip
 
 NEVER_S = 1e9
-WINDOWS = ("min_chunk_size", "audio_max_len", "history", "no_vad")
-STREAMS = ("chunk_ms", "search", "beam_size", "hotwords_file", "hotwords_score", "silence", *OPTIONS)
+WINDOWS = ("min_chunk_size", "audio_max_len", "history", "no_vad", "prompt_phrases")
+STREAMS = ("chunk_ms", "search", "beam_size", "silence")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, translate: bool = False) -> None:
@@ -92,18 +93,23 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
         "mark, and the sound that they look at (default: only a window that is too long is cut)",
     )  # fmt: skip
     group.add_argument("--no-vad", action="store_true", default=None, help="everything is speech")
+    group = parser.add_argument_group("phrases and terms")
+    group.add_argument("--hotwords-file", metavar="FILE", help="phrases to prefer, one a line, as plain text")
+    group.add_argument(
+        "--hotwords-score", type=float, metavar="X",
+        help="log-probability for each token of these and of terms (default 1.5; where attention searches greedily 4)",
+    )  # fmt: skip
+    add_terms_options(group)
+    group.add_argument(
+        "--prompt-phrases", action="store_true", default=None,
+        help="put phrases and terms into the prompt of a model that reads windows instead (100 tokens at most)",
+    )  # fmt: skip
     group = parser.add_argument_group("search (models that stream)")
     group.add_argument(
         "--chunk-ms", type=int, metavar="MS", help="wait for so much sound; fewer are faster, more are more often right"
     )
     group.add_argument("--search", choices=tuple(SEARCHES), help="default: the best that the model's heads allow")
     group.add_argument("--beam-size", "--beams", type=int, metavar="K", help="hypotheses (default 10; 1 is greedy)")
-    group.add_argument("--hotwords-file", metavar="FILE", help="phrases to prefer, one a line, as plain text")
-    group.add_argument(
-        "--hotwords-score", type=float, metavar="X",
-        help="log-probability for each token of these and of terms (default 1.5; 4 with --search aligned)",
-    )  # fmt: skip
-    add_terms_options(group)
     group.add_argument("--silence", type=float, metavar="S", help="an utterance ends after S seconds (default 0.6)")
 
 
@@ -174,10 +180,7 @@ def refuse(options: argparse.Namespace, names: Sequence[str], kind: str) -> None
 
 def build_stream(options: argparse.Namespace, model: Recognizer, *, trace: bool) -> Session:
     """A session of a model that streams."""
-    phrases = None if options.hotwords_file is None else read_phrases(Path(options.hotwords_file))
-    if options.hotwords_score is not None and phrases is None and options.terms is None:
-        raise InputError("--hotwords-score needs --hotwords-file or --terms")
-    terms = build_terms(options)
+    phrases, terms = build_preferences(options)
     phrases = [] if phrases is None and terms is not None else phrases
     given = {"beam_size": options.beam_size, "bonus": options.hotwords_score}
     search = model.search(
@@ -188,6 +191,14 @@ def build_stream(options: argparse.Namespace, model: Recognizer, *, trace: bool)
     settings = StreamSettings() if options.silence is None else StreamSettings(silence_s=options.silence)
     policy = build_streaming_policy(options, model, search)
     return Session(model, settings=settings, search=search, terms=terms, policy=policy, trace=trace)
+
+
+def build_preferences(options: argparse.Namespace) -> tuple[list[str] | None, Terms | None]:
+    """Phrases and terms that the options name, None where they name none; InputError for a score of nothing."""
+    if options.hotwords_score is not None and options.hotwords_file is None and options.terms is None:
+        raise InputError("--hotwords-score needs --hotwords-file or --terms")
+    phrases = None if options.hotwords_file is None else read_phrases(Path(options.hotwords_file))
+    return phrases, build_terms(options)
 
 
 def read_phrases(path: Path) -> list[str]:
@@ -201,7 +212,9 @@ def read_phrases(path: Path) -> list[str]:
 
 def build_window(options: argparse.Namespace, model: WindowModel, *, offline: bool, trace: bool) -> Session:
     """A session of a model that reads windows; offline it looks only when an utterance ends."""
-    named = {"min_chunk_s": options.min_chunk_size, "max_window_s": options.audio_max_len}
+    named = {
+        "min_chunk_s": options.min_chunk_size, "max_window_s": options.audio_max_len, "bonus": options.hotwords_score
+    }  # fmt: skip
     given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if options.history is not None:
         given = {"max_window_s": model.max_s - 2, **given, "history": text_history(options.history)}
@@ -214,7 +227,16 @@ def build_window(options: argparse.Namespace, model: WindowModel, *, offline: bo
         given |= {"min_chunk_s": NEVER_S, "pause_s": NEVER_S}
         given.setdefault("max_window_s", model.max_s - 2)
     vad: VoiceActivity = AlwaysSpeech() if options.no_vad else SileroVAD()
-    return Session(model, policy=build_policy(options, model), settings=Settings(**given), vad=vad, trace=trace)
+    phrases, terms = build_preferences(options)
+    if options.prompt_phrases is not None:
+        if (phrases, terms) == (None, None) or options.hotwords_score is not None:
+            raise InputError("--prompt-phrases goes with --hotwords-file or --terms, and has no --hotwords-score")
+        given["prompted"] = True
+    policy, settings = build_policy(options, model), Settings(**given)
+    session = Session(model, policy=policy, settings=settings, vad=vad, terms=terms, trace=trace)
+    if phrases is not None:
+        session.prefer(phrases)
+    return session
 
 
 def resolved(options: argparse.Namespace, session: Session) -> str:

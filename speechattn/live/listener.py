@@ -18,6 +18,8 @@ from speechattn.frames import Frames, Memory
 from speechattn.live.events import Trace, Word
 from speechattn.policy import Policy
 from speechattn.search import Draft, Search
+from speechattn.search.leaning import Leaning
+from speechattn.search.phrases import Phrases
 from speechattn.stream import Stream
 
 __all__ = ["Decision", "Listener", "Model", "StreamModel", "Tokens", "WindowModel"]
@@ -99,8 +101,14 @@ class WindowModel(Model, Protocol):
     def draft(
         self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),
         heads: tuple[Head, ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
+        leaning: Leaning | None = None,
     ) -> Draft:  # fmt: skip
-        """Continue `committed` over the memory; `context` is text that was said before the memory begins."""
+        """Continue `committed` over the memory; `context` is text that was said before the memory begins. It may be
+        `leaning` towards phrases of a book that `phrases` gave.
+        """
+
+    def phrases(self, bonus: float) -> Phrases | None:
+        """An empty book of phrases, each token of which is worth `bonus`; None where there can be none."""
 
 
 @dataclass(frozen=True)

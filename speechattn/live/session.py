@@ -19,6 +19,7 @@ from speechattn.errors import InputError
 from speechattn.live.endings import StreamSettings
 from speechattn.live.events import Event, Word
 from speechattn.live.listener import Decision, Listener, StreamModel, WindowModel
+from speechattn.live.preferred import Preferred
 from speechattn.live.streaming import Streaming
 from speechattn.live.terms import Terms, TermUse, Watch
 from speechattn.live.windowed import Settings, Windowed
@@ -49,9 +50,7 @@ def listener(
         return Streaming(model, policy=policy, settings=settings, search=search, terms=terms, trace=trace)
     if search is not None or isinstance(settings, StreamSettings):
         raise InputError("this model reads windows of sound: it takes Settings, and no search of a stream")
-    if terms is not None:
-        raise InputError("this model reads windows of sound: no terms are retrieved for it")
-    return Windowed(model, policy=policy, settings=settings, vad=vad, trace=trace)
+    return Windowed(model, policy=policy, settings=settings, vad=vad, terms=terms, trace=trace)
 
 
 def choose_backend(model: StreamModel | WindowModel, name: str) -> None:
@@ -149,16 +148,18 @@ class Session:
         """From now on these phrases are preferred, and no others. InputError for a model or a search that cannot."""
         if self.closed:
             raise InputError("this session is finished; start another one")
-        self._streaming().prefer(phrases)
+        assert isinstance(self.listener, Streaming | Windowed)
+        self.listener.prefer(phrases)
 
     def hits(self) -> list[Hits]:
         """Where each phrase was said since it was asked for: pairs of seconds, none for one that was not."""
-        return self._streaming().report.hits()
+        preferred = self._preferred()
+        return [] if preferred is None else preferred.hits()
 
     def terms(self) -> list[TermUse] | None:
         """What became of each term that was retrieved in an utterance that is over; None where there are no terms."""
-        watch = self.listener.watch if isinstance(self.listener, Streaming) else None
-        return None if watch is None else [*watch.uses.values()]
+        preferred = self._preferred()
+        return None if preferred is None else preferred.uses()
 
     def add_terms(self, terms: Sequence[Term]) -> None:
         """From now on these terms may be retrieved, too. InputError for one that is there or that cannot be spelled."""
@@ -168,21 +169,21 @@ class Session:
         """From now on these are not retrieved. InputError for one that is not there."""
         self._watch().spotter.remove(sources)
 
-    def _watch(self) -> Watch:
-        watch = self._streaming().watch
-        if watch is None:
-            raise InputError("this session was made without terms")
-        return watch
+    def _preferred(self) -> Preferred | None:
+        assert isinstance(self.listener, Streaming | Windowed)
+        return self.listener.preferred
 
-    def _streaming(self) -> Streaming:
-        if not isinstance(self.listener, Streaming):
-            raise InputError("this model reads windows of sound: it takes no phrases")
-        return self.listener
+    def _watch(self) -> Watch:
+        preferred = self._preferred()
+        if preferred is None or preferred.watch is None:
+            raise InputError("this session was made without terms")
+        return preferred.watch
 
     def close(self) -> None:
         """Nothing will follow for those who wait for events."""
-        if isinstance(self.listener, Streaming):
-            self.listener.forget()
+        preferred = self._preferred()
+        if preferred is not None:
+            preferred.forget()
         for queue in self.listeners:
             queue.put_nowait(None)
 

@@ -19,18 +19,16 @@ from speechattn.live.endings import Glimpse, Limits, StreamSettings
 from speechattn.live.events import Trace, Word
 from speechattn.live.heard import SourceWords, nothing_said, room_left, shown
 from speechattn.live.listener import Decision, StreamModel
-from speechattn.live.report import Report
+from speechattn.live.preferred import Preferred
 from speechattn.live.rows import Place, Row, Rows, joined
 from speechattn.live.suited import suited
-from speechattn.live.terms import Terms, Watch
+from speechattn.live.terms import Terms
 from speechattn.policy import Policy, Source
 from speechattn.policy.retranslation import Retranslation
 from speechattn.search import Beam, Draft, Hypothesis, Search
-from speechattn.text.pieces import spelled
 
 __all__ = ["Streaming", "listen"]
 
-UNABLE = "this search takes no phrases: make it with phrases, if only an empty list"
 NOTHING = Hypothesis((), 0.0, (), ())
 DISAGREE, OVER = "hypotheses disagree on it", "it belongs to the next utterance"  # why words wait
 INCOMPLETE, FEW = "incomplete word", "too little was heard"
@@ -64,12 +62,10 @@ class Streaming:
         self.begun = 0  # frames of the stream before the search began
         self.tail = ""
         self.place: Place | None = None
-        self.root: int | None = None
-        self.phrases: tuple[str, ...] = ()
-        self.watch = None if terms is None else Watch(terms, translates=self.search.reorders)
-        if terms is not None and self.search.phrases is None:
-            raise InputError(UNABLE)
-        self.report = Report(() if self.search.phrases is None else self.search.phrases.lines)
+        self.preferred = Preferred(
+            self.search.phrases, model.tokenizer, spaceless=model.spaceless, terms=terms,
+            translates=self.search.reorders,
+        )  # fmt: skip
         self.until = 0.0  # where the last word ends
 
     def prefer(self, phrases: Sequence[str]) -> None:
@@ -77,34 +73,12 @@ class Streaming:
 
         InputError for phrases that the vocabulary cannot spell, and for a search that takes none.
         """
-        before = self.turn(phrases)
+        before = self.preferred.prefer(phrases)
         if self.place is not None:
             row = self.place.row
-            self.place = Place(Rows(replace(row, beam=self.search.bias(row.beam, self.root or 0)), 1), 0)
-        self.report = Report(phrases)
-        self.drop(before)
-
-    def turn(self, phrases: Sequence[str] | None = None) -> int | None:
-        """These phrases (the same as before) and the terms that were retrieved are a new set; the old one's root."""
-        book = self.search.phrases
-        if book is None:
-            raise InputError(UNABLE)
-        phrases = self.phrases if phrases is None else tuple(phrases)
-        wanted = phrases if self.watch is None else (*phrases, *self.watch.phrases)
-        found = spelled(wanted, self.model.tokenizer, spaceless=self.model.spaceless)
-        before, self.phrases = self.root, phrases
-        self.root = book.add([s for phrase in found for s in phrase.spellings])
-        return before
-
-    def drop(self, root: int | None) -> None:
-        """A set that nobody uses any more: its place is free for those of others."""
-        if root is not None and self.search.phrases is not None:
-            self.search.phrases.remove(root)
-
-    def forget(self) -> None:
-        """No phrases any more."""
-        self.drop(self.root)
-        self.root = None
+            biased = self.search.bias(row.beam, self.preferred.root or 0)
+            self.place = Place(Rows(replace(row, beam=biased), 1), 0)
+        self.preferred.drop(before)
 
     @property
     def ready(self) -> bool:
@@ -159,22 +133,14 @@ class Streaming:
 
     def closing(self, best: Hypothesis, spoke: bool) -> Decision | None:
         """All of the hypothesis is certain, and the utterance ends; None where there was none."""
-        words = self._words(best, len(best.tokens))
+        words, terms = self._words(best, len(best.tokens))
         self.first += len(best.tokens)
         before, self.tail = self.tail, ""
         self.state = None if self.policy is None else self.policy.initial()
         self.words.anew()
-        n, terms = len(best.tokens), self._terms(words)
-        if self.watch is not None:
-            preferred = self.watch.phrases
-            self.watch.forget()
-            self.drop(self.turn() if preferred else None)
-        trace = self._traced(best, n)
+        self.preferred.anew()
+        trace = self._traced(best, len(best.tokens))
         return Decision(words, final=True, trace=trace, terms=terms) if words or spoke or before else None
-
-    def _terms(self, words: Sequence[Word]) -> tuple[str, ...]:
-        """The retrieved terms that these words complete."""
-        return () if self.watch is None else self.watch.add(words)
 
     def safe(
         self, best: Hypothesis, agreed: int, glimpse: Glimpse, draft: Draft | None = None, ahead: Sequence[int] = ()
@@ -211,11 +177,10 @@ class Streaming:
 
     def decide(self, best: Hypothesis, n: int, why: str = "") -> Decision | None:
         """The first `n` tokens are committed; None where there is nothing new to say, and no trace of a draft."""
-        words, trace = self._words(best, n), self._traced(best, n, why)
+        (words, terms), trace = self._words(best, n), self._traced(best, n, why)
         self.first += n
         tail = shown(self.policy, best.tokens[n:], self._sizes)
         before, self.tail = self.tail, self._text(tail) if tail else ""
-        terms = self._terms(words)
         return Decision(words, self.tail, trace=trace, terms=terms) if words or self.tail != before or trace else None
 
     def _traced(self, best: Hypothesis, n: int, why: str = "") -> Trace | None:
@@ -233,8 +198,8 @@ class Streaming:
         text = self.model.tokenizer.decode(tokens)
         return text if not text or self.model.spaceless or text.startswith(" ") else f" {text}"
 
-    def _words(self, best: Hypothesis, n: int) -> tuple[Word, ...]:
-        """The words of the first `n` tokens, with times and confidence."""
+    def _words(self, best: Hypothesis, n: int) -> tuple[tuple[Word, ...], tuple[str, ...]]:
+        """The words of the first `n` tokens, with times and confidence, and the retrieved terms that they complete."""
         words, at, step = [], 0, self.frame_s
         for size in self._sizes(best.tokens[:n]):
             part = slice(at, at + size)
@@ -245,8 +210,7 @@ class Streaming:
             self.until = max(self.until, end)
             if text := self._text(best.tokens[part]):  # else it is a mark of a word that did not come
                 words.append(Word(text, start, end, exp(sum(best.log_probs[part]))))
-        self.report.add(words)
-        return tuple(words)
+        return tuple(words), self.preferred.add(words)
 
 
 @torch.inference_mode()
@@ -277,7 +241,7 @@ def started(listeners: Sequence[Streaming], frames: Frames, heard: Tensor) -> Be
     """The search before the first frame, `heard` [B] frames behind the beginning of the stream."""
     search = listeners[0].search
     beam = search.start_at(frames, heard)
-    if search.phrases is None or all(one.root is None for one in listeners):
+    if search.phrases is None or all(one.preferred.root is None for one in listeners):
         return beam
     return search.bias(beam, roots(listeners, heard.device))
 
@@ -286,7 +250,8 @@ def roots(listeners: Sequence[Streaming], device: torch.device) -> Tensor:
     """The set of phrases [B] of each."""
     phrases = listeners[0].search.phrases
     assert phrases is not None
-    return torch.tensor([phrases.root if one.root is None else one.root for one in listeners], device=device)
+    each = [one.preferred.root for one in listeners]
+    return torch.tensor([phrases.root if root is None else root for root in each], device=device)
 
 
 def search_on(
@@ -343,14 +308,15 @@ def retrieved(
     """Those who watch for terms hear their frames from `first` [B] to before `last` [B], and prefer what they find."""
     before = dict[int, int | None]()
     for i, one in enumerate(listeners):
-        if one.watch is not None and one.watch.hear(valid(frames, i, first[i], last[i])):
-            before[i] = one.turn()
+        watch = one.preferred.watch
+        if watch is not None and watch.hear(valid(frames, i, first[i], last[i])):
+            before[i] = one.preferred.turn()
     if not before:
         return beam
     search = listeners[0].search
     beam = search.bias(beam, roots(listeners, frames.mask.device))
     for i, root in before.items():
-        listeners[i].drop(root)
+        listeners[i].preferred.drop(root)
     return beam
 
 

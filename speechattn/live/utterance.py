@@ -17,6 +17,7 @@ from speechattn.audio.resample import Samples
 from speechattn.live.events import Trace, Word
 from speechattn.live.heard import SourceWords, shown
 from speechattn.live.listener import Decision, WindowModel
+from speechattn.live.preferred import Preferred
 from speechattn.live.timing import token_spans
 from speechattn.policy import Policy, Source
 from speechattn.policy.align_att import AlignAtt, focus
@@ -57,14 +58,16 @@ class Utterance:
     """A window of sound, re-encoded at every look, and the committed words that it still covers.
 
     `start` is the sample at which the window begins, `first` the tokens that were committed before it. With `trace`
-    decisions say why they committed no more.
+    decisions say why they committed no more. What is `preferred` is said rather than other words, or the decoder is
+    `prompted` with it.
     """
 
     def __init__(
         self, model: WindowModel, policy: Policy, *, start: int, first: int, context: Sequence[int] = (),
-        trace: bool = False,
+        trace: bool = False, preferred: Preferred | None = None, prompted: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.policy, self.start, self.first, self.trace = model, policy, start, first, trace
+        self.preferred, self.prompted = preferred, prompted
         self.context = list(context)
         self.heads = tuple(dict.fromkeys([*model.alignment_heads, *policy.heads]))
         self.state: Any = policy.initial()
@@ -102,9 +105,16 @@ class Utterance:
         """
         frames = ceil(self.seconds / self.model.frame_s)
         memory = self.model.encode(self.hearing.read(), samples=self.size, start=self.start, finished=finished)
+        leaning, prompt = None, list[int]()
+        if self.preferred is not None:
+            self.preferred.look(memory.frames[:frames])
+            if self.prompted:
+                prompt = self.preferred.prompt()
+            else:
+                leaning = self.preferred.leaning(self.tokens)
         draft = self.model.draft(
-            memory, self.tokens, guess=self.tail, context=self.context, heads=self.heads, frames=frames,
-            max_tokens=TOKENS_AT_LEAST + ceil(TOKENS_PER_S * self.seconds), first=self.first,
+            memory, self.tokens, guess=self.tail, context=[*prompt, *self.context], heads=self.heads, frames=frames,
+            max_tokens=TOKENS_AT_LEAST + ceil(TOKENS_PER_S * self.seconds), first=self.first, leaning=leaning,
         )  # fmt: skip
         paused = paused and not self.model.translates
         heard, before = self.heard.window(memory.frames), self.state
@@ -134,7 +144,9 @@ class Utterance:
         sized = partial(self.model.tokenizer.words, spaceless=self.model.spaceless)
         unstable = "" if finished else decode(shown(self.policy, self.tail, sized))
         withheld = decode(tokens[done:]) if finished else decode(tokens[sane:]) if full else ""
-        return Decision(tuple(word for _, word in words), unstable, withheld, trace=trace)
+        said = tuple(word for _, word in words)
+        terms = () if self.preferred is None else self.preferred.add(said)
+        return Decision(said, unstable, withheld, trace=trace, terms=terms)
 
     def _traced(
         self, tokens: list[int], sizes: list[int], done: int, sane: int, safe: int, why: Callable[[int], str]

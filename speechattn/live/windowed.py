@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,8 @@ from speechattn.audio.vad import FRAME, Endpointer, SileroVAD, VoiceActivity
 from speechattn.errors import InputError
 from speechattn.live.endings import at_least
 from speechattn.live.listener import Decision, WindowModel
+from speechattn.live.preferred import Preferred
+from speechattn.live.terms import Terms
 from speechattn.live.utterance import Utterance
 from speechattn.policy import Policy
 from speechattn.policy.align_att import AlignAtt
@@ -32,7 +34,8 @@ class Settings:
     begins, and `preroll_s` of sound before it is listened to as well. A window longer than `max_window_s` loses its
     oldest words but for `history_words`; `context_tokens` of text that left the window stay as a prompt. With a
     `history` words are forgotten behind every look, and the sound before what the others look at (StreamAtt, arXiv
-    2406.06097).
+    2406.06097). Each token of a preferred phrase or term is worth `bonus`, a log-probability; `prompted` they are
+    worth nothing, but stand in the prompt, as far as they fit.
     """
 
     min_chunk_s: float = 1.0
@@ -44,6 +47,8 @@ class Settings:
     history_words: int = 10
     context_tokens: int = 0
     history: TextHistory | None = None
+    bonus: float = 4.0
+    prompted: bool = False
 
     def __post_init__(self) -> None:
         at_least(self, min_chunk_s=0.032, silence_s=0.032, max_window_s=2.0)
@@ -54,11 +59,12 @@ class Windowed:
 
     def __init__(
         self, model: WindowModel, *, policy: Policy | None = None, settings: Settings | None = None,
-        vad: VoiceActivity | None = None, trace: bool = False,
+        vad: VoiceActivity | None = None, terms: Terms | None = None, trace: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.trace = model, trace
         self.policy: Policy = policy or model.policy()
         self.settings = settings or Settings()
+        self.preferred = None if terms is None else self._preferred(terms)
         self.reader = reader(self.policy, model)
         self.limit_s = model.max_s - SPARE_S
         if self.settings.max_window_s > self.limit_s:
@@ -73,6 +79,25 @@ class Windowed:
         self.next_look = self._samples(self.settings.min_chunk_s)
         self.tokens = 0  # committed so far
         self.context: list[int] = []
+
+    def prefer(self, phrases: Sequence[str]) -> None:
+        """From now on these phrases are preferred, and no others. InputError for what cannot be spelled, or a decoder
+        that cannot take anything back.
+        """
+        preferred = self.preferred or self._preferred(None)
+        preferred.drop(preferred.prefer(phrases))
+        self.preferred = preferred
+        if self.utterance is not None:
+            self.utterance.preferred = preferred
+
+    def _preferred(self, terms: Terms | None) -> Preferred:
+        book = self.model.phrases(self.settings.bonus)
+        if book is None:
+            raise InputError("this model prefers no phrases: what its decoder said cannot be taken back")
+        return Preferred(
+            book, self.model.tokenizer, spaceless=self.model.spaceless, terms=terms,
+            translates=self.model.translates,
+        )  # fmt: skip
 
     def _samples(self, seconds: float) -> int:
         return round(seconds * self.model.sample_rate)
@@ -109,8 +134,9 @@ class Windowed:
                 return None
             start = self.heard - sum(map(len, self.preroll))
             self.utterance = Utterance(
-                self.model, self.policy, start=start, first=self.tokens, context=self.context, trace=self.trace
-            )
+                self.model, self.policy, start=start, first=self.tokens, context=self.context, trace=self.trace,
+                preferred=self.preferred, prompted=self.settings.prompted,
+            )  # fmt: skip
             for piece in self.preroll:
                 self.utterance.add(piece)
             self.preroll.clear()
@@ -137,6 +163,8 @@ class Windowed:
         if finished:
             self._remember(utterance.tokens)
             self.utterance = None
+            if self.preferred is not None:
+                self.preferred.anew()
         return replace(decision, final=finished)
 
     def _remember(self, tokens: list[int]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speechattn.cross.monotonic import Monotonic
+from speechattn.cross.soft import Soft
 from speechattn.decoder.attention import AttentionDecoder, DecoderState, Head
 from speechattn.frames import Frames, Memory
 from speechattn.live.listener import Tokens
@@ -19,6 +20,8 @@ from speechattn.policy.align_att import AlignAtt
 from speechattn.policy.monotonic import Stopped
 from speechattn.search import Draft
 from speechattn.search.greedy import Greedy
+from speechattn.search.leaning import Leaning
+from speechattn.search.phrases import Phrases, beginnings
 from speechattn.stream import Stream
 from speechattn.text.pieces import Pieces
 
@@ -61,14 +64,22 @@ class Window:
         """What the decoder finds behind the memory."""
         return None
 
+    def phrases(self, bonus: float) -> Phrases | None:
+        """An empty book of phrases, each token of which is worth `bonus`; None where a text cannot be taken back."""
+        if not all(isinstance(layer.cross, Soft) for layer in self.decoder.layers):
+            return None
+        begins = None if self.spaceless else beginnings(self.tokenizer)
+        return Phrases(bonus=bonus, vocab=self.decoder.vocab, begins=begins)
+
     def draft(
         self, memory: Memory, committed: Sequence[int], *, guess: Sequence[int] = (), context: Sequence[int] = (),
         heads: tuple[Head, ...] = (), frames: int | None = None, max_tokens: int = 224, first: int = 0,
+        leaning: Leaning | None = None,
     ) -> Draft:  # fmt: skip
         """Continue `committed` over the memory, greedily."""
         return self.greedy.draft(
             memory, self.prompt(memory, context), committed, behind=self.behind(), guess=guess, heads=heads,
-            frames=frames, max_tokens=max_tokens, first=first,
+            frames=frames, max_tokens=max_tokens, first=first, leaning=leaning,
         )  # fmt: skip
 
 
@@ -77,6 +88,11 @@ class Spaced:
 
     def __init__(self, pieces: Pieces) -> None:
         self.pieces = pieces
+
+    @property
+    def begins(self) -> tuple[bool, ...]:
+        """Which tokens begin a word."""
+        return self.pieces.begins
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids."""

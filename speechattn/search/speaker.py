@@ -61,13 +61,13 @@ class Speaker:
         for i, (best, probable, end, peak) in enumerate(zip(tokens, log_probs, ends, peaks, strict=True)):
             token, log_prob = best, probable
             if self.leaning is not None:
-                token, log_prob = self.leaning.choose(len(self.tokens), best, probable, partial(others, i))
+                token, log_prob = self.leaning.choose(best, probable, partial(others, i))
             late, end = peak >= view[1] - self.edge, (end and token == best) or peak < self.far - self.back
             if (end or late) and view[1] < self.heard:
                 self.guess, self.wider = guess[i:], self.wider + 1
                 return i
-            waits = late and not whole
-            if self.leaning is not None and not waits and self.leaning.fails(token, end):
+            waits, full = late and not whole, whole and len(self.tokens) >= self.most
+            if self.leaning is not None and not waits and self.leaning.fails(token, end or full):
                 self._take_back(self.leaning)
                 return i
             self.wider, right = 0, i < len(guess) and guess[i] == token
@@ -91,7 +91,7 @@ class Speaker:
             self.speaks = False
             return
         if self.leaning is not None:
-            self.leaning.say(token, place=len(self.tokens), lost=lost)
+            self.leaning.say(token, lost)
         self.fars.append(self.far)
         self.tokens.append(token)
         self.log_probs.append(log_prob)

@@ -46,6 +46,11 @@ class Tokenizer:
             if index < self.end_of_text:
                 self.pieces[index] = bytes(letters[letter] for letter in piece)
 
+    @property
+    def begins(self) -> list[bool]:
+        """Which text tokens begin a word, as a space before it shows."""
+        return [piece.startswith(b" ") for piece in self.pieces]
+
     def id(self, special: str) -> int:
         """Id of a special token; ModelError when the vocabulary lacks it."""
         if special not in self.special:
