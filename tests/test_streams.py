@@ -25,7 +25,7 @@ from speechattn.attention.quest import Quest
 from speechattn.attention.sparse import SparseSelfAttention
 from speechattn.audio.spectrum import CentredLogMel, KaldiFbank, LogMel
 from speechattn.decoder.ctc import CTC, SelfConditioned
-from speechattn.decoder.letters import Letters
+from speechattn.decoder.letters import Letters, OwnTokens
 from speechattn.encoder import (
     LabelEncoder,
     layers,
@@ -81,7 +81,7 @@ ELSEWHERE: dict[type, str] = {
     FlexPrefill: "test_prefill.py", EchoAttention: "test_echo.py", Scale: "test_echo.py", Together: "test_echo.py",
     Gated: "test_echo.py", Convolution: "test_embedded.py", Flow: "test_embedded.py",
     StreamingEncoder: "test_embedded.py", Turning: "test_embedded.py", Floored: "test_embedded.py",
-    Letters: "test_embedded.py", Revising: "test_revising.py", Hearing: "test_terms.py",
+    Letters: "test_embedded.py", OwnTokens: "test_espnet_st.py", Revising: "test_revising.py", Hearing: "test_terms.py",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What is said, letter by letter: a small head that hears when somebody speaks."""
+"""CTC with tokens of its own: of another language, or letters, which hear when somebody speaks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from torch import Tensor, nn
 from speechattn.decoder.ctc import CTC
 from speechattn.text.pieces import BLANK, Pieces
 
-__all__ = ["ALPHABET", "Letters"]
+__all__ = ["ALPHABET", "Letters", "OwnTokens"]
 
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
 
 
-class Letters(CTC):
+class OwnTokens(CTC):
+    """CTC over `pieces` of its own, whatever tokens the other heads say: [B, T, D] -> [B, T, V], id 0 blank."""
+
+    def __init__(self, dim: int, pieces: Pieces) -> None:
+        super().__init__(dim, pieces.size)
+        self.pieces = pieces
+
+
+class Letters(OwnTokens):
     """CTC over the letters of an `alphabet`, whatever tokens the other heads say: [B, T, D] -> [B, T, V], id 0 blank.
 
     Texts are lowered; what is not in the alphabet is a space, and spaces become one.
@@ -24,13 +32,8 @@ class Letters(CTC):
     def __init__(self, dim: int, alphabet: str = ALPHABET) -> None:
         if len({*alphabet}) < len(alphabet) or " " not in alphabet:
             raise ValueError(f"alphabet {alphabet!r}: wanted a space and letters, each once")
-        super().__init__(dim, 1 + len(alphabet))
+        super().__init__(dim, Pieces([BLANK, *alphabet]))
         self.alphabet = alphabet
-
-    @property
-    def pieces(self) -> Pieces:
-        """The same as tokens, for whoever spells with these."""
-        return Pieces([BLANK, *self.alphabet])
 
     def spell(self, text: str) -> list[int]:
         """Text -> ids."""

@@ -12,7 +12,7 @@ from torch import nn
 from speechattn.audio.resample import HIGHEST_RATE, LOWEST_RATE
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
-from speechattn.decoder.letters import Letters
+from speechattn.decoder.letters import OwnTokens
 from speechattn.decoder.segmental import Segmental
 from speechattn.decoder.transducer import Transducer
 from speechattn.errors import ModelError
@@ -82,7 +82,7 @@ def from_config(
 
 def says(head: nn.Module) -> int | None:
     """How many tokens a head knows."""
-    if isinstance(head, CTC) and not isinstance(head, Letters):
+    if isinstance(head, CTC) and not isinstance(head, OwnTokens):
         return head.head.out_features
     if isinstance(head, Transducer):
         return head.joint.out.out_features

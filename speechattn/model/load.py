@@ -44,10 +44,10 @@ def load_model(
 
     A name that begins with `speechattn/` is that of a model inside this package (`shipped`); the `DEFAULT` is one. Such
     a model, a folder that `save_model` wrote, or that of an ESPnet2 experiment is a `Recognizer`; all else a Whisper.
-    `language` is what is heard, `target_language` what a translator says (Whisper: en). With a `task`, transcribe or
-    translate, a model that does something else is refused; Whisper does either (None: transcribe). `pad_s`, the silence
-    that follows the sound into the encoder (None: the measured default), is Whisper's. `plugins` are modules whose
-    classes the `config.yaml` of a folder may name, too.
+    `language` is what is heard, `target_language` what a translator says (Whisper: en); an ESPnet experiment names
+    neither and believes both. With a `task`, transcribe or translate, a model that does something else is refused;
+    Whisper does either (None: transcribe). `pad_s`, the silence that follows the sound into the encoder (None: the
+    measured default), is Whisper's. `plugins` are modules whose classes the `config.yaml` of a folder may name, too.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype}: wanted {', '.join(DTYPES)}")
@@ -73,7 +73,10 @@ def load_model(
             )
     if pad_s is not None:
         raise ModelError(f"{name}: pad_s {pad_s} belongs to Whisper; this model has no such setting")
-    model = load_folder(path, plugins) if ours else load_espnet(path)
+    if ours:
+        model = load_folder(path, plugins)
+    else:
+        model = load_espnet(path, language=language, target_language=target_language)
     if language not in (None, model.language):
         raise ModelError(f"{name}: this model knows {model.language or 'one language'}, not {language}")
     fits(str(name), model, task, target_language)

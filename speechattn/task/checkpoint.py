@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Mapping, Sequence
-from inspect import isfunction
+from inspect import isclass, isfunction
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory, mkdtemp
@@ -59,8 +59,8 @@ def model_config(init_args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Mappings and lists all the way down, and functions by name."""
-    if isfunction(value):
+    """Mappings and lists all the way down, functions and classes by name."""
+    if isfunction(value) or isclass(value):
         return f"{value.__module__}.{value.__qualname__}"
     if hasattr(value, "as_dict"):
         value = value.as_dict()
@@ -165,7 +165,7 @@ def recipe(path: Path, tokenizer: str | None = None, plugins: Sequence[str] = ()
             ("transducer", "Transducer", {}),
         ) if head in heads
     ]  # fmt: skip
-    task = "translator.Translator" if "source" in heads else "recognizer.Recognizer"
+    task = "translator.Translator" if "source" in heads or config.get("target_language") else "recognizer.Recognizer"
     spec = {"class_path": "speechattn.audio.augment.SpecAugment", "init_args": {"time_masks": 2}}
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": FINE_LR}}
     parts = {key: notation(config[key]) for key in KEYS if key in config}

@@ -199,12 +199,12 @@ class Recognizer(Task):
         frames, layers = encoder.intermediate(features, wanted)
         return Heard(sound, features, frames, dict(zip(wanted, layers, strict=True)))
 
-    def tokens(self, texts: Sequence[str]) -> Said:
-        """What should come out for these texts."""
+    def tokens(self, texts: Sequence[str], pieces: Pieces | None = None) -> Said:
+        """What should come out for these texts, in the model's tokens or in these `pieces`."""
         if not texts:
             nothing = torch.zeros(0, 0, dtype=torch.long, device=self.device)
             return Said(nothing, nothing.sum(1))
-        rows = [torch.tensor(self.model.tokenizer.encode(text), dtype=torch.long) for text in texts]
+        rows = [torch.tensor((pieces or self.spelling).encode(text), dtype=torch.long) for text in texts]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
         return Said(tokens.to(self.device), lengths.to(self.device))

@@ -13,6 +13,7 @@ from speechattn.attention.position import Position, Relative
 from speechattn.attention.self_attention import set_span
 from speechattn.audio.spectrum import CentredLogMel
 from speechattn.decoder.attention import AttentionDecoder
+from speechattn.decoder.letters import OwnTokens
 from speechattn.encoder.base import Encoder
 from speechattn.encoder.branchformer import EBranchformerBlock
 from speechattn.encoder.conformer import ConformerBlock
@@ -21,6 +22,7 @@ from speechattn.pretrained.espnet.config import EncoderConfig
 from speechattn.pretrained.espnet.decoder import LAYER_NORM_EPS
 from speechattn.pretrained.espnet.legacy import LegacyRelative, Whole
 from speechattn.stream import Pointwise, Serial
+from speechattn.text.pieces import Pieces
 
 __all__ = ["Espnet", "build", "encoder_spec"]
 
@@ -51,6 +53,11 @@ class Espnet(nn.Module):
         decoder = AttentionDecoder.usual(vocab, dim, heads, depth, inner, dropout=dropout)
         set_eps(decoder)
         return decoder
+
+    @classmethod
+    def own_tokens(cls, dim: int, tokens: str) -> OwnTokens:
+        """A CTC over tokens of its own, one a line."""
+        return OwnTokens(dim, Pieces(tokens.split("\n")))
 
     @classmethod
     def htk_log_mel(

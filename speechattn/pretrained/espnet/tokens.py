@@ -17,22 +17,25 @@ MARK = "▁"  # what begins a word in SentencePiece's pieces
 ABOVE = 3  # a path in a config counts from the recipe, whose exp/NAME/config.yaml it is
 
 
-def read_tokens(path: Path, said: Mapping[str, Any]) -> Pieces:
-    """`token_list` as pieces. Of `token_type: word` each token is a word; ModelError for what cannot be spelled."""
+def read_tokens(path: Path, said: Mapping[str, Any], which: str = "") -> Pieces:
+    """`token_list` as pieces, or with `which` in front of all keys (`src_`) those of another language.
+
+    Of `token_type: word` each token is a word. ModelError for what cannot be spelled.
+    """
     options = Options(str(path), said)
-    kind = options.one_of("token_type", ("bpe", "char", "word"))
-    tokens = said.get("token_list")
+    kind = options.one_of(f"{which}token_type", ("bpe", "char", "word"))
+    tokens = said.get(f"{which}token_list")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ModelError(f"{path}: token_list: not a list of tokens")
+        raise ModelError(f"{path}: {which}token_list: not a list of tokens")
     if kind == "char":
         tokens = [" " if token == SPACE else token for token in tokens]
     if kind == "word":
         special = {"<blank>", "<unk>", "<sos/eos>"}
         tokens = [token if token in special else MARK + token for token in tokens]
     try:
-        return Pieces(tokens, model=find_model(path.parent, said.get("bpemodel")) if kind == "bpe" else None)
+        return Pieces(tokens, model=find_model(path.parent, said.get(f"{which}bpemodel")) if kind == "bpe" else None)
     except ModelError as error:
-        raise ModelError(f"{path}: token_list: {error}") from error
+        raise ModelError(f"{path}: {which}token_list: {error}") from error
 
 
 def find_model(folder: Path, name: Any) -> Path | None:
