@@ -11,15 +11,16 @@ from typing import Any
 from speechattn.errors import InputError, ModelError
 from speechattn.live.session import Session
 from speechattn.live.terms import Terms, TermUse
-from speechattn.model.load import located
+from speechattn.model.load import DEFAULT, located
 from speechattn.terms.bank import Bank
 from speechattn.terms.folder import load_matcher
 from speechattn.terms.vector import VectorIndex
 
-__all__ = ["OPTIONS", "add_terms_options", "build_terms", "tell_terms"]
+__all__ = ["OPTIONS", "add_terms_options", "build_terms", "read_bank", "retriever_of", "tell_terms"]
 
 OPTIONS = ("terms", "terms_model", "terms_top_k", "terms_threshold")
 TOP_K, THRESHOLD = Terms.top_k, Terms.threshold
+KIN = {"tiny.en": DEFAULT}  # whose encoder was taught to say what that of the other says
 SHOWN = 10  # terms that were not said
 FOLDER = "terms"  # of a model, with a matcher for its encoder
 
@@ -46,17 +47,28 @@ def build_terms(options: argparse.Namespace) -> Terms | None:
             if getattr(options, name) is not None:
                 raise InputError(f"--{name.replace('_', '-')} needs --terms")
         return None
-    folder = located(options.model) / FOLDER if options.terms_model is None else Path(options.terms_model)
-    if options.terms_model is None and not folder.is_dir():
-        raise InputError(
-            f"{options.model} has no retriever of terms: name one by --terms-model (docs/terms.md), or give phrases by "
-            "--hotwords-file"
-        )
+    folder = retriever_of(options.model, options.terms_model)
     bank, encoder = read_bank(folder, options.terms)
-    if options.terms_model is not None and not same(encoder, options.model):
+    if options.terms_model is not None and not same(encoder, KIN.get(options.model, options.model)):
         raise InputError(f"--terms-model {folder}: made for the encoder of {encoder}, not for that of {options.model}")
     given = {"top_k": options.terms_top_k, "threshold": options.terms_threshold}
     return Terms(bank, **{name: value for name, value in given.items() if value is not None})
+
+
+def retriever_of(model: str, named: str | Path | None = None) -> Path:
+    """The folder of a retriever for a model: the one that is `named`, or that in the model's own folder.
+
+    InputError where there is none.
+    """
+    if named is not None:
+        return Path(named)
+    folder = located(KIN.get(model, model)) / FOLDER
+    if not folder.is_dir():
+        raise InputError(
+            f"{model} has no retriever of terms: name one by --terms-model (docs/terms.md), or give phrases by "
+            "--hotwords-file"
+        )
+    return folder
 
 
 @cache

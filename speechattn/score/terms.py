@@ -13,7 +13,7 @@ from speechattn.score.alignment import Edit, edits
 from speechattn.score.significance import Array, interval
 from speechattn.score.wer import normaliser
 
-__all__ = ["Rate", "precision_at", "recall_at", "recognised", "retrieved"]
+__all__ = ["Rate", "figures", "precision_at", "recall_at", "recognised", "retrieved"]
 
 
 @dataclass(frozen=True)
@@ -82,25 +82,27 @@ def recognised(
     deletions of the reference words inside and outside of terms, and insertions of words inside and outside of terms in
     the hypothesis, for each such word of the reference.
     """
+    stats = figures(references, hypotheses, terms, normalise=normalise)
+    if not stats["term accuracy"][:, 1].any():
+        raise InputError("no reference says any of the terms")
+    return [ratio(name, each) for name, each in stats.items() if each[:, 1].any()]
+
+
+def figures(
+    references: Sequence[str], hypotheses: Sequence[str], terms: Sequence[str], *, normalise: str = "whisper-english"
+) -> dict[str, Array]:
+    """The same as counts of each utterance [N, 2]: the figure is the sum of the first divided by that of the second."""
     clean, _ = normaliser(normalise)
     bank = phrases(terms, normalise)
     rows = np.array([
         counted(clean(a).split(), clean(b).split(), bank) for a, b in zip(references, hypotheses, strict=True)
     ], float).reshape(-1, 8)  # fmt: skip
-    if not rows[:, 0].any():
-        raise InputError("no reference says any of the terms")
-    parts = (
-        ("term accuracy", 1, 0), ("term precision", 1, 2), ("false insertions", 3, 4),
-        ("WER of term words", 5, 6), ("WER of other words", 7, 4),
-    )  # fmt: skip
-    others = rows.copy()
-    others[:, 4] = rows[:, 4] - rows[:, 6]
-    made = []
-    for name, top, bottom in parts:
-        stats = (others if name == "WER of other words" else rows)[:, [top, bottom]]
-        if stats[:, 1].any():
-            made.append(ratio(name, stats))
-    return made
+    said, right, heard, false, words, wrong, inside, others = rows.T
+    parts = {
+        "term accuracy": (right, said), "term precision": (right, heard), "false insertions": (false, words),
+        "WER of term words": (wrong, inside), "WER of other words": (others, words - inside),
+    }  # fmt: skip
+    return {name: np.stack(part, 1) for name, part in parts.items()}
 
 
 def counted(said_words: Sequence[str], heard_words: Sequence[str], bank: frozenset[tuple[str, ...]]) -> list[int]:
