@@ -93,8 +93,8 @@ def tell(
     gain = compare(a, b, relative)
     value = 100 * (np.exp(gain.value / 100) - 1)
     low, high = (100 * (np.exp(end / 100) - 1) for end in (gain.low, gain.high))
-    report.row(f"{name}: term accuracy, relative gain", float(value), "%", f"[{low:+.1f}, {high:+.1f}], p = {gain.p:.2g}",
-               ">= 6", lambda v: v >= 6)  # fmt: skip
+    note = f"[{low:+.1f}, {high:+.1f}], p = {gain.p:.2g}"
+    report.row(f"{name}: term accuracy, relative gain", float(value), "%", note, ">= 6", lambda v: v >= 6)
     gap = compare(stats["without"]["WER of other words"], stats["with"]["WER of other words"], share)
     report.row(
         f"{name}: WER of other words, with minus without", gap.value, "points", str(gap), "<= 0.3", lambda v: v <= 0.3
