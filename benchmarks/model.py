@@ -188,10 +188,7 @@ def report_hour(report: Report, found: Found) -> None:
         f"mean of steps in the last quarter / in the first: {last:.1f} and {first:.1f} ms; {heard.seconds / 60:.0f} min"
     )
     report.row("hour_step_growth", last / first, "x", note, "flat: at most 1.1", lambda v: v <= 1.1)
-    memory = np.array(heard.megabytes[2:] if len(heard.megabytes) > 4 else heard.megabytes)
-    slope = 60 * float(np.polyfit(np.arange(len(memory)), memory, 1)[0]) if len(memory) > 1 else 0.0
-    note = f"slope from minute 2 on; {memory[0]:.0f} MB then, {memory[-1]:.0f} at the end"
-    report.row("hour_memory_slope", slope, "MB/h", note, "flat: at most 20", lambda v: v <= 20)
+    report.row("hour_memory_slope", *heard.growth(), "flat: at most 20", lambda v: v <= 20)
     text = dict[str, str]()
     for name, lines in found.plan.clips.items():
         text |= {f"{name} {line.name}": said for line, said in zip(lines, found.results[f"{name} 640"], strict=True)}

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,14 @@ class Listened:
     def text(self) -> str:
         """All that was committed."""
         return "".join(event.committed for event in self.events)
+
+    def growth(self) -> tuple[float, str, str]:
+        """The slope of memory from minute 2 on, its unit, and where memory stood in between."""
+        memory = self.megabytes[2:] if len(self.megabytes) > 4 else self.megabytes
+        slope = 60 * float(np.polyfit(range(len(memory)), memory, 1)[0]) if len(memory) > 1 else 0.0
+        steps = sum(b - a > 1 for a, b in pairwise(memory))
+        stood = ", ".join(f"{memory[round(at * (len(memory) - 1))]:.0f}" for at in (0, 0.25, 0.5, 0.75, 1))
+        return slope, "MB/h", f"slope from minute 2 on; MB then and by quarters: {stood}; {steps} steps of over 1 MB"
 
     @property
     def words(self) -> int:

@@ -141,10 +141,7 @@ def report_hour(report: Report, given: argparse.Namespace) -> None:
     first, last = (float(np.mean(part)) for part in (looks[0], looks[-1]))
     note = f"mean look of the last quarter / of the first: {last:.0f} and {first:.0f} ms; {heard.seconds / 60:.0f} min"
     report.row("hour_step_growth", last / first, "x", note, "flat: at most 1.1", lambda v: v <= 1.1)
-    memory = heard.megabytes[2:] if len(heard.megabytes) > 3 else heard.megabytes
-    slope = 60 * float(np.polyfit(range(len(memory)), memory, 1)[0]) if len(memory) > 1 else 0.0
-    note = f"slope from minute 2 on; {memory[0]:.0f} MB then, {memory[-1]:.0f} at the end"
-    report.row("hour_memory_slope", slope, "MB/h", note, "flat: at most 20", lambda v: v <= 20)
+    report.row("hour_memory_slope", *heard.growth(), "flat: at most 20", lambda v: v <= 20)
     whole = word_errors([stream.text], [heard.text])
     report.row("hour_wer", 100 * whole.rate, "%", f"{whole}; FOTAQ dev, {len(stream.lines)} clips, again and again")
 

@@ -7,6 +7,10 @@ Test sets: `test`, synthetic, voices and words that no matcher was trained on; `
 The bank of 100 of an utterance is what is said of it and the first others of the bank; those of 1,000 and 10,000 are
 one for all, with two lemmas near in sound for each term (recipes/terms/banks.py). An utterance without a term of the
 bank does not count. Times: processor time of one thread, median of several queries after one to warm up.
+
+Probabilities, of a retriever and in the bank of 1,000, are judged over all utterances: how often a term of 0.5 or more
+was said, how many of those said have so much, and the expected calibration error (Naeini et al. 2015; ten bins of equal
+width) over the ten likeliest of each utterance, for nearly all others are near 0.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from speechattn.terms.folder import load_matcher
 
 SETS = {"test": "data/terms/test_cuts_test.jsonl.gz", "fotaq": "data/fotaq/fotaq_cuts_test.jsonl.gz"}
 SIZES = (100, 1000, 10000)
+SURE, LIKELIEST, BINS = 0.5, 10, 10
 BASELINE = "index"
 GOAL, AHEAD, FASTEST = 85.0, 10.0, 50.0
 
@@ -95,6 +100,27 @@ def figures(report: Report, name: str, found: dict[str, tuple[Tensor, list[list[
                 )  # fmt: skip
 
 
+def calibrated(report: Report, name: str, kind: str, odds: Tensor, gold: list[list[int]]) -> None:
+    """What the probabilities of a bank mean."""
+    p, said = odds.sigmoid(), torch.zeros(odds.shape, dtype=torch.bool)
+    for row, terms in zip(said, gold, strict=True):
+        row[terms] = True
+    hits = np.stack([(said & (p >= SURE)).sum(1), (p >= SURE).sum(1), said.sum(1)], 1).astype(float)
+    for what, of in (("precision", 1), ("recall", 2)):
+        low, high = interval(hits, lambda sums, of=of: sums[:, 0] / np.maximum(sums[:, of], 1))
+        value = 100 * hits[:, 0].sum() / max(1, hits[:, of].sum())
+        report.row(
+            f"{name}: {what} at a probability of {SURE}, {kind}", value, "%",
+            f"[{100 * low:.1f}, {100 * high:.1f}], {hits[:, of].sum():.0f} terms, {len(hits)} utterances",
+        )  # fmt: skip
+    top, at = p.topk(LIKELIEST, dim=1)
+    right = said.gather(1, at).double().flatten()
+    place = (top.flatten() * BINS).long().clamp(max=BINS - 1)
+    gaps = [abs(float((top.flatten()[place == i].double() - right[place == i]).sum())) for i in range(BINS)]
+    value = 100 * sum(gaps) / len(right)
+    report.row(f"{name}: expected calibration error, {kind}", value, "points", f"{len(right)} pairs")
+
+
 def stats_of(values: np.ndarray) -> np.ndarray:
     """Statistics [N, 2] of a mean."""
     return np.stack([values, np.ones(len(values))], 1)
@@ -120,7 +146,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("runs/terms"), help="the folder of the trained matchers")
-    parser.add_argument("--kinds", nargs="+", default=["retriever", "index"])
+    parser.add_argument("--kinds", nargs="+", default=["raw", "retriever", "index"])
     parser.add_argument("--banks", type=Path, default=Path("data/terms"))
     parser.add_argument("--keep", type=Path, default=Path("runs/terms/frames"))
     parser.add_argument("--quick", action="store_true", help="the time of a query, with weights that know nothing")
@@ -133,17 +159,18 @@ def main() -> None:
         for i in range(10000)
     ]
     if given.quick:
-        speed(report, Retriever(Hearing(384, 128, layers=2), Spelling(128, stride=4), 128, 1).eval(), invented, 9)
+        speed(report, RawRetriever(Hearing(384, 128, layers=2), Spelling(128, stride=4), 128, 1).eval(), invented, 9)
         report.print()
         return
     matchers = {kind: load_matcher(given.models / kind / "model") for kind in given.kinds}
-    for kind, (matcher, encoder) in [*matchers.items()]:
-        if isinstance(matcher, Retriever) and not isinstance(matcher, RawRetriever):
-            matchers[f"{kind}, raw"] = RawRetriever.of(matcher), encoder
     for name, path in SETS.items():
         said = heard(Path(path), given.keep, next(iter(matchers.values()))[1])
         terms = [worded(term.source) for term in read_terms(given.banks / f"{name}_bank.txt")]
-        figures(report, name, {kind: judged(matcher, terms, said) for kind, (matcher, _) in matchers.items()})
+        found = {kind: judged(matcher, terms, said) for kind, (matcher, _) in matchers.items()}
+        figures(report, name, found)
+        for kind, (odds, gold) in found.items():
+            if isinstance(matchers[kind][0], Retriever):
+                calibrated(report, name, kind, odds[:, :1000], [[i for i in row if i < 1000] for row in gold])
     speed(report, matchers[given.kinds[0]][0], [term.source for term in read_terms(given.banks / "test_bank.txt")], 9)
     report.print()
 

@@ -186,6 +186,7 @@ def test_what_leaves_the_window_is_remembered_and_what_stays_is_where_it_was(how
         window, gone = made.listener.utterance, made.listener.context  # type: ignore[attr-defined]
         if window is not None:
             assert [*gone, *window.tokens] == [*range(window.first)]
+            assert window.context == gone  # the next draft reads it
             for word in window.words:
                 end_s = ENDS[word.tokens[0]]
                 assert end_s - 0.4 < window.start / RATE + 0.02 * word.frame < end_s

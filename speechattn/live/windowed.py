@@ -156,8 +156,9 @@ class Windowed:
             if forgotten is not None:
                 self._remember(forgotten)
             elif utterance.seconds >= self.limit_s:
-                self._remember(utterance.tokens)
+                before = utterance.tokens
                 more = utterance.decide(finished=False, full=True)
+                self._remember(before)
                 decision = replace(more, words=decision.words + more.words)
         self.tokens = utterance.first
         if finished:
@@ -171,6 +172,8 @@ class Windowed:
         """Text that left the window, as far as the prompt is long."""
         if self.settings.context_tokens:
             self.context = [*self.context, *tokens][-self.settings.context_tokens :]
+        if self.utterance is not None:
+            self.utterance.context = self.context
 
 
 def reader(policy: Policy, model: WindowModel) -> AlignAtt:
