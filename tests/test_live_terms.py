@@ -133,6 +133,31 @@ def test_what_an_utterance_says_is_forgotten_with_it(model: Recognizer, matcher:
     assert use.said[0][1] < 2 < 4 < use.said[1][0]
 
 
+class Once(Scripted):
+    """Finds terms in the first utterance alone."""
+
+    began = 0
+
+    def start(self, rows: int, bank: Queries) -> Running:
+        self.began += 1
+        return super().start(rows, bank)
+
+    def judged(self, state: Running, bank: Queries) -> Tensor:
+        return super().judged(state, bank) - (8.0 if self.began > 1 else 0.0)
+
+
+def test_what_was_retrieved_is_preferred_in_its_utterance_alone(model: Recognizer, matcher: Scripted) -> None:
+    once = Once(HEARD, matcher_features(matcher)).eval()
+    one = session(model, Terms(bank(once, "jon")))
+    assert text(heard(one, sound(JON, JON, apart_s=1.2))) == "call jon please call john please"
+    watch, x = Watch(Terms(bank(matcher, "jon"))), torch.zeros(1, 6, matcher_features(matcher))
+    frames = Frames(x, torch.ones(1, 6, dtype=torch.bool))
+    assert not watch.hear(frames)
+    watch.forget()
+    assert not watch.hear(frames)  # those of the utterance before do not count
+    assert watch.hear(frames)
+
+
 def test_events_do_not_depend_on_how_the_sound_was_cut(model: Recognizer, matcher: Scripted) -> None:
     samples, terms = sound(JON, MARC, apart_s=1.0), Terms(bank(matcher, "jon", "marc"))
     whole = heard(session(model, terms), samples, len(samples))

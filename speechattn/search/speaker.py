@@ -23,7 +23,8 @@ class Speaker:
     end of the text, or a peak in the last `edge` frames (that may be about a sound that goes on) or more than `back`
     before `far` (that is said again). Of all that was heard this ends the draft.
 
-    It may be `leaning` towards phrases; where one is taken back the row is `again` at an earlier token.
+    It may be `leaning` towards phrases; where one is taken back the row is `again` at an earlier token. One that lost
+    something and is half said where the draft ends is left out of it.
     """
 
     told: list[int]
@@ -70,6 +71,8 @@ class Speaker:
             if self.leaning is not None and not waits and self.leaning.fails(token, end or full):
                 self._take_back(self.leaning)
                 return i
+            if self.leaning is not None and waits and self.leaning.fails(token, end=True):
+                self._forget(self.leaning.first)  # nobody knows yet whether it is the phrase
             self.wider, right = 0, i < len(guess) and guess[i] == token
             self._say(token, log_prob, end or waits, probable - log_prob)
             self.far = self.far if late else max(self.far, peak)
@@ -84,6 +87,10 @@ class Speaker:
         """Speak again from where a phrase began that is none."""
         place = leaning.take_back()
         self.far, self.wider, self.again = self.fars[place], 0, True
+        self._forget(place)
+
+    def _forget(self, place: int) -> None:
+        """The tokens from there on were not said."""
         del self.tokens[place:], self.log_probs[place:], self.fars[place:]
 
     def _say(self, token: int, log_prob: float, stop: bool, lost: float) -> None:
