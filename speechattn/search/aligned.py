@@ -228,7 +228,8 @@ class AlignedGreedy(Search):
                 first = torch.tensor([len(row.tokens) if row.again else self.context for row in speakers])
                 every = torch.cat(used, 1)
                 used = [every & (every.cumsum(1) <= first.to(there.device)[:, None])]
-                rows, decoder = [torch.cat(rows, 1)], kept(decoder, state.done + self.decoder.opened + used[0].sum(1))
+                rows = [torch.cat(rows, 1)]
+                decoder = tidied(kept(decoder, state.done + self.decoder.opened + used[0].sum(1)))
         n = torch.tensor([len(row.tokens) for row in speakers], device=state.done.device)
         decoder = kept(decoder, state.done + n + 1 + self.decoder.opened)
         looked = self._looked(state, torch.cat(rows, 1), torch.cat(used, 1), n)
@@ -245,7 +246,7 @@ class AlignedGreedy(Search):
             state.told.tolist(), beam.said.tokens[:, 0].tolist(), n, state.done.tolist(), state.heard.tolist(),
             farthest(state.looked).tolist(), state.node.tolist(), strict=True,
         ):  # fmt: skip
-            most = min(int(self.most * heard) + self.spare, self.context - 1) - done
+            most = min(int(self.most * heard) + self.spare, self.context - 2) - done  # its end is read beside others
             most = 0 if not heard or done >= self.longest else max(0, most)
             told, guess = [token for token in told if token >= 0], tokens[: min(length, most)]
             leaning = None if self.phrases is None else Leaning(self.phrases, at)
