@@ -148,6 +148,26 @@ def test_a_prompt_instead(tiny: WhisperModel, bank: Bank, monkeypatch: pytest.Mo
     assert 90 < len(long.prompt()) <= PROMPT
 
 
+def test_a_window_is_looked_at_by_itself_and_a_phrase_goes_on_behind_committed_text(tiny: WhisperModel) -> None:
+    terms = Terms(Bank(Scripted({"Marc": 8}, 4).eval(), [Term("Marc")]))
+    mine = Preferred(tiny.phrases(4.0), tiny.tokenizer, terms=terms)
+    frames = Frames(torch.zeros(1, 6, 4), torch.ones(1, 6, dtype=torch.bool))
+    mine.look(frames)
+    mine.look(frames)
+    assert mine.prompt() == []
+    mine.look(Frames.cat([frames, frames]))
+    assert tiny.tokenizer.decode(mine.prompt()) == " Marc"
+    mine.look(frames)
+    assert mine.prompt() == []
+    mine.prefer(["Erin Brockovich"])
+    behind, afresh = mine.leaning(tiny.tokenizer.encode(" call Erin")), mine.leaning(tiny.tokenizer.encode(" call"))
+    assert behind is not None
+    assert afresh is not None
+    token = tiny.tokenizer.encode(" Brockovich")[0]
+    assert behind.choose(0, -1.0, lambda ids: [-5.0 if one == token else -99.0 for one in ids]) == (token, -5.0)
+    assert afresh.choose(0, -1.0, lambda ids: [-5.0 if one == token else -99.0 for one in ids]) == (0, -1.0)
+
+
 def test_who_cannot_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from fake import FakeModel
 

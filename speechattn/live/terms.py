@@ -21,12 +21,13 @@ __all__ = ["TermUse", "Terms", "Watch"]
 class Terms:
     """What may be said: of the terms of a `bank` up to `top_k` at a time, those with a probability of `threshold`.
 
-    The bank's matcher must be made for the encoder of the session's model. Every session has a bank of its own.
+    The bank's matcher must be made for the encoder of the session's model. Every session has a bank of its own. A term
+    that is retrieved is not said for that: it must nearly be what is said anyway. So the threshold is a low one.
     """
 
     bank: Bank
     top_k: int = 10
-    threshold: float = 0.5
+    threshold: float = 0.02
 
     def __post_init__(self) -> None:
         if self.top_k < 1 or not 0 <= self.threshold <= 1:
