@@ -58,13 +58,15 @@ class Leant(Loops):
                 banned = [*NEVER, *(INSIDE if done and not self.tokens else ())]
                 scores = self.decoder.logits(hidden[0, 0]).index_fill(0, torch.tensor(banned), -torch.inf)
                 scores = scores.log_softmax(0)
-                next_ = next_ if again else self.rules.choose(text, costs, bars, scores.tolist())
+                if not again:
+                    ends = int(scores.argmax()) == END
+                    next_ = END if ends else self.rules.choose(text, costs, bars, scores.tolist())
                 peak = int(look[0, :, 0].mean(0).argmax())
                 late, over = min(n, end) - 1 - peak < EDGE, next_ == END or peak < far - BACK
                 if again or end >= n or not (late or over):
                     break
                 wider += half
-            waits, full = late and not whole, whole and place >= most
+            waits, full = (late or over) and not whole, whole and place >= most
             bar = None if again or waits else self.rules.fails(text, costs, bars, next_, over or full)
             if bar:
                 self.taken += 1
@@ -75,7 +77,8 @@ class Leant(Loops):
             if waits and (half_said := self.rules.fails(text, costs, bars, next_, True)):
                 cut = half_said.first - done
                 self.left_out += 1
-                del self.tokens[cut:], self.log_probs[cut:], self.looks[cut + 1 :], self.peaks[cut:], self.views[cut + 1 :]
+                del self.tokens[cut:], self.log_probs[cut:], self.peaks[cut:]
+                del self.looks[cut + 1 :], self.views[cut + 1 :]
                 return None
             if over or waits or place >= most:
                 return None

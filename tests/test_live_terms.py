@@ -272,6 +272,25 @@ def test_who_cannot_says_so(model: Recognizer, matcher: Scripted) -> None:
     )  # its own search
 
 
+@pytest.mark.parametrize("name", ["speechattn/en-tiny-stream", "tiny.en"])
+def test_the_shipped_retriever_finds_what_is_said(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of forty words those of the digits that are said, in a recording of a synthetic voice."""
+    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    others = [a + b for a in ("mar", "ker", "lom", "pun", "dis") for b in ("ble", "tal", "zik", "vane", "orf", "ix")]
+    terms = tmp_path / "terms.txt"
+    terms.write_text("\n".join([*others, *digits]), encoding="utf-8")
+    given = ["--model", name, "--terms", str(terms), "-o", str(tmp_path)]
+    assert main(["transcribe", str(DIGITS / "01.flac"), *given]) == 0
+    assert (tmp_path / "01.txt").read_text(encoding="utf-8").strip(".\n").lower() == "seven eight nine zero"
+    rows = [line.split("\t") for line in (tmp_path / "01.terms.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    found = {row[0] for row in rows}
+    assert len(found & {"seven", "eight", "nine", "zero"}) >= 2
+    assert len(found) <= 15
+    capsys.readouterr()
+
+
 def test_the_command_reports_terms(
     matcher: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +332,8 @@ def test_the_command_reports_terms(
         (["--terms-top-k", "3"], "--terms-top-k needs --terms"),
         (["--terms", "TERMS"], "has no retriever of terms"),
         (["--terms", "TERMS", "--terms-model", "FOLDER"], "config.yaml"),
-        (["--terms", "TERMS", "--model", "tiny.en"], "tiny.en has no retriever of terms"),
+        (["--terms", "NONE"], "has no retriever of terms"),
+        (["--terms", "NONE", "--model", "tiny.en"], "No such file"),
     ],
 )
 def test_options_that_cannot_be_honoured(

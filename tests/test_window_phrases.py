@@ -99,7 +99,7 @@ def test_a_phrase_that_is_nearly_said_is_said() -> None:
         found = drafted(made, x, book(wanted[:20], 3.0)).tokens.tolist()
         pairs = {*pairwise(found)} - {*pairwise(said)}
         changed += any([*pair] in wanted[:20] for pair in pairs)
-    assert changed >= 4
+    assert changed >= 2
 
 
 def heard(model: WhisperModel, **given: Any) -> tuple[str, Session]:

@@ -75,7 +75,8 @@ class Greedy:
             for at, (probable, token) in enumerate(zip(*(x.tolist() for x in log_probs.max(-1)), strict=True)):
                 said, score = token, probable
                 if leaning is not None:
-                    said, score = leaning.choose(token, probable, partial(some, log_probs[at]))
+                    if token != self.end_of_text:  # nothing is said instead of the end
+                        said, score = leaning.choose(token, probable, partial(some, log_probs[at]))
                     if leaning.fails(said, said == self.end_of_text):
                         place = leaning.take_back()
                         del tokens[place:], scores[place:], waits[place:]

@@ -23,8 +23,8 @@ class Speaker:
     end of the text, or a peak in the last `edge` frames (that may be about a sound that goes on) or more than `back`
     before `far` (that is said again). Of all that was heard this ends the draft.
 
-    It may be `leaning` towards phrases; where one is taken back the row is `again` at an earlier token. One that lost
-    something and is half said where the draft ends is left out of it.
+    It may be `leaning` towards phrases, but not instead of the end of the text; where one is taken back the row is
+    `again` at an earlier token. One that lost something and is half said where the draft ends is left out of it.
     """
 
     told: list[int]
@@ -61,13 +61,13 @@ class Speaker:
         guess, self.guess, self.again, view = self.guess, [], False, self.view
         for i, (best, probable, end, peak) in enumerate(zip(tokens, log_probs, ends, peaks, strict=True)):
             token, log_prob = best, probable
-            if self.leaning is not None:
+            if self.leaning is not None and not end:
                 token, log_prob = self.leaning.choose(best, probable, partial(others, i))
-            late, end = peak >= view[1] - self.edge, (end and token == best) or peak < self.far - self.back
+            late, end = peak >= view[1] - self.edge, end or peak < self.far - self.back
             if (end or late) and view[1] < self.heard:
                 self.guess, self.wider = guess[i:], self.wider + 1
                 return i
-            waits, full = late and not whole, whole and len(self.tokens) >= self.most
+            waits, full = (late or end) and not whole, whole and len(self.tokens) >= self.most
             if self.leaning is not None and not waits and self.leaning.fails(token, end or full):
                 self._take_back(self.leaning)
                 return i
