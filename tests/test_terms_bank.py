@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,10 @@ from speechattn.score.terms import recall_at
 from speechattn.stream import Pointwise
 from speechattn.terms import (
     Bank,
+    Hearing,
     RawRetriever,
     Retriever,
+    Spelling,
     Spotter,
     Term,
     VectorIndex,
@@ -154,6 +158,34 @@ def test_what_a_spotter_keeps_is_bounded() -> None:
         spotter.hear(sound(3, 1))
 
 
+def test_late_terms_are_judged_by_what_was_kept_of_this_utterance() -> None:
+    model, x = made(), sound(14)
+    spotter = Spotter(Bank(model, TERMS[:2]), most_frames=3)
+    spotter.hear(x[:8])
+    spotter.hear(x[8:])
+    spotter.add(TERMS[2:])
+    late = model.embed([term.source for term in TERMS[2:]])
+    y, _ = model.frames.step(x, model.frames.init_state(x))
+    torch.testing.assert_close(spotter.state.most[..., -len(late.query) :],
+                               model.step(y[-3:], model.start(1, late), late).most)  # fmt: skip
+    spotter.forget()
+    spotter.add([Term("pygmy")])
+    torch.testing.assert_close(spotter.odds(), spotter.bank.odds(x[:0])[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bank_of_many_pieces_is_one_of_one(kind: type[Retriever], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = made(kind), sound(9, 4)
+    whole = Bank(model, TERMS).odds(x)
+    monkeypatch.setattr("speechattn.terms.bank.PIECE", 1)
+    monkeypatch.setattr("speechattn.terms.retriever.PIECE", 3)
+    torch.testing.assert_close(Bank(model, TERMS).odds(x), whole, rtol=0, atol=1e-12)
+    spotter = Spotter(Bank(model, TERMS))
+    for at in range(0, 9, 3):
+        spotter.hear(Frames(x.values[:1, at : at + 3], x.mask[:1, at : at + 3]))
+    torch.testing.assert_close(spotter.odds(), whole[0], rtol=0, atol=1e-12)
+
+
 def test_one_bank_is_changed_while_live_and_another_is_not() -> None:
     model, x = made(), sound(8)
     one, two = Spotter(Bank(model, TERMS[:2])), Spotter(Bank(model, TERMS[:2]))
@@ -206,8 +238,6 @@ def test_a_trained_retriever_finds_what_was_said_in_noise() -> None:
     test = [[bank[3 * i], bank[3 * i + 1]] for i in range(40)]
     places = {text: i for i, text in enumerate(bank)}
     model = RawRetriever(Pointwise(nn.LayerNorm(width), nn.Linear(width, width)), words, width, 1)
-    with torch.no_grad():
-        model.cross.query.weight *= 3  # sharp from the beginning
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
@@ -223,3 +253,21 @@ def test_a_trained_retriever_finds_what_was_said_in_noise() -> None:
     found = torch.cat([whole.odds(spoken(table, row, 60, 0.3, generator)) for row in test])
     each = recall_at(found, [[places[text] for text in row] for row in test], 5)
     assert sum(each) / len(each) > 0.95
+
+
+def test_the_nearest_are_those_of_the_largest_odds_with_faiss_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = VectorIndex(Hearing(6, 8, stack=2), Spelling(8), 8, window=3, hop=2).eval().requires_grad_(False)
+    names = ["".join(random.Random(i).choices("abcdefgh", k=6)) for i in range(50)]
+    bank = model.embed(names)
+    mask = torch.arange(30) < torch.tensor([[30], [13], [3]])
+    x = Frames.of(torch.randn(3, 30, 6), mask)
+    expected = model.odds(x, bank).topk(7, dim=1)
+    for hidden in (False, True):
+        if hidden:
+            monkeypatch.setitem(sys.modules, "faiss", None)
+        values, places = model.nearest(x, bank, 7)
+        torch.testing.assert_close(values, expected.values)
+        assert torch.equal(places, expected.indices)
+    assert model.nearest(x, bank, 99)[1].shape == (3, 50)
+    assert model.nearest(x, model.embed([]), 3)[1].shape == (3, 0)

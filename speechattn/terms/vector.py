@@ -5,7 +5,7 @@ B utterances, T frames, W windows, N terms, D features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,8 +82,42 @@ class VectorIndex(nn.Module):
         there = count == heard.mask.sum(1, keepdim=True).clamp(max=self.window)
         return F.normalize(self.sound(total / count.clamp(min=1)[..., None]), dim=-1), there & (count > 0)
 
+    def nearest(self, x: Frames, bank: Vectors, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest `odds` of each row [B, k], and of which terms they are; exact, by FAISS where it is installed.
+
+        Each window asks for its own k nearest terms: the k of all windows are among them.
+        """
+        k, search = min(k, len(bank)), flat(bank.vectors)
+        if search is None or not k:
+            return tuple(self.odds(x, bank).topk(k, dim=1))  # type: ignore[return-value]
+        vectors, there = self.windows(x)
+        cosine, term = search(vectors.flatten(0, 1), k)
+        cosine, term = (part.view(len(vectors), -1, k) for part in (cosine, term))
+        best = cosine.new_full((len(vectors), len(bank)), -1.0)
+        best.scatter_reduce_(1, term.flatten(1), cosine.masked_fill(~there[..., None], -1.0).flatten(1), "amax")
+        return tuple((best / self.temperature.exp()).topk(k, dim=1))  # type: ignore[return-value]
+
     def odds(self, x: Frames, bank: Vectors) -> Tensor:
         """The largest cosine of each term [B, N], divided by the temperature: a score, no odds of anything."""
         vectors, there = self.windows(x)
         found = (vectors @ bank.vectors.T).masked_fill(~there[..., None], -1.0).amax(1)
         return found / self.temperature.exp()
+
+
+def flat(vectors: Tensor) -> Callable[[Tensor, int], tuple[Tensor, Tensor]] | None:
+    """A search for the k largest products of queries [Q, D] with `vectors` [N, D]: values and places [Q, k].
+
+    None where FAISS is not installed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        return None
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors.detach().float().cpu().numpy())
+
+    def search(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        values, places = index.search(queries.detach().float().cpu().numpy(), k)
+        return torch.from_numpy(values).to(queries), torch.from_numpy(places).to(queries.device)
+
+    return search
