@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from math import exp, sqrt
+from math import exp, log, sqrt
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from speechattn.cross.soft import Resting
 from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.score.terms import recall_at
@@ -25,6 +24,7 @@ from speechattn.terms import (
     Subwords,
     VectorIndex,
     best,
+    calibration,
     contrastive,
     in_batch,
     presence_loss,
@@ -86,9 +86,8 @@ def released(model: Retriever, frames: list[list[float]], word: list[list[float]
             part = slice(head * size, (head + 1) * size)
             scores = [sum(a * b for a, b in zip(query[part], key[part], strict=True)) / sqrt(size) for key in keys]
             pairs = [(score, value[part]) for score, value in zip(scores, values, strict=True)]
-            if isinstance(cross, Resting):
-                rest = zip(cross.rest_key[head].tolist(), cross.rest_value[head].tolist(), strict=True)
-                pairs += [(sum(a * b for a, b in zip(query[part], k, strict=True)) / sqrt(size), v) for k, v in rest]
+            if isinstance(model, RestingRetriever):
+                pairs.append((float(model.cross.rest[head]), [0.0] * size))
             total = sum(exp(score) for score, _ in pairs)
             context += [sum(exp(score) * value[i] for score, value in pairs) / total for i in range(size)]
         contexts.append(linear(cross.out, context))
@@ -132,18 +131,46 @@ def test_the_raw_variant_is_the_largest_score_of_each_token() -> None:
 
 
 @pytest.mark.parametrize("kind", [Retriever, RestingRetriever])
-def test_the_raw_variant_of_a_retriever_has_the_order_that_it_was_aligned_by(kind: type[Retriever]) -> None:
+def test_what_aligns_is_the_largest_score_or_the_odds_of_looking_at_the_sound(kind: type[Retriever]) -> None:
     model, x = made(kind), sound(9, 4)
-    raw, bank = RawRetriever.of(model).double(), model.embed(TERMS)
-    wanted = Retriever.alike(model, model.frames(x), bank)
-    if kind is Retriever:
-        torch.testing.assert_close(raw.odds(x, raw.embed(TERMS)), wanted, rtol=0, atol=1e-12)
-    heard = model.frames(x).values[0]
-    tokens = model.word(model.spelling(*model.ids(["ox"]))[0][0])
-    each = model.cross.query(tokens).unflatten(1, (2, 4)), model.cross.key(heard).unflatten(1, (2, 4))
-    scores = torch.einsum("lhd,thd->lht", *each) / 2
-    if kind is Retriever:
-        torch.testing.assert_close(wanted[0, TERMS.index("ox")], scores.amax(2).mean(), rtol=0, atol=1e-12)
+    found = model.alike(model.frames(x), model.embed(TERMS))
+    heard = model.frames(alone(x, 1, 4)).values[0]
+    for n, term in enumerate(TERMS):
+        words, there = model.spelling(*model.ids([term]))
+        queries, keys = model.cross.query(model.word(words[there])), model.cross.key(heard)
+        each = []
+        for token in queries:
+            for head, part in enumerate((slice(0, 4), slice(4, 8))):
+                scores = [float(token[part] @ key[part]) / 2 for key in keys]
+                if kind is Retriever:
+                    each.append(max(scores))
+                else:
+                    each.append(log(sum(map(exp, scores))) - float(model.cross.rest[head]))
+        assert float(found[1, n]) == pytest.approx(sum(each) / len(each), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_retriever_is_calibrated_by_a_line(kind: type[Retriever]) -> None:
+    model, x = made(kind), sound(9, 4)
+    before = model.odds(x, model.embed(TERMS))
+    model.calibrate(1.7, -0.4)
+    torch.testing.assert_close(model.odds(x, model.embed(TERMS)), 1.7 * before - 0.4, rtol=0, atol=1e-12)
+
+
+def test_calibration_is_where_probabilities_fit_the_labels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    odds = 3 * torch.randn(4000, generator=generator) - 5
+    label = torch.rand(4000, generator=generator) < (0.6 * odds + 1).sigmoid()
+    scale, bias = calibration(odds, label)
+    assert (scale, bias) == (pytest.approx(0.6, abs=0.1), pytest.approx(1.0, abs=0.25))
+    wrong = (scale * odds.double() + bias).sigmoid() - label.double()
+    assert abs(float(wrong.mean())) < 1e-3
+    assert abs(float((wrong * odds).mean())) < 1e-2
+    far, never = calibration(torch.tensor([-1.0, 1.0]), torch.tensor([False, True]))
+    assert (far, never) == (pytest.approx(log(2), abs=1e-3), pytest.approx(0.0, abs=1e-3))
+    for constant in (True, False):
+        with pytest.raises(ValueError, match="that were not"):
+            calibration(torch.zeros(3), torch.full((3,), constant))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,8 +199,7 @@ def test_an_empty_bank_and_an_empty_utterance(kind: type[Retriever]) -> None:
     nothing = model.odds(sound(5)[:0], bank)
     padding = Frames(torch.zeros(1, 4, 6, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.bool))
     torch.testing.assert_close(nothing, model.odds(padding, bank))
-    if kind is not RestingRetriever:
-        torch.testing.assert_close(nothing, bank.prior[None])
+    torch.testing.assert_close(nothing, bank.prior[None])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -287,10 +313,11 @@ def test_subwords_are_rows_of_a_table_that_is_not_trained() -> None:
 def test_the_index_is_the_largest_cosine_over_windows() -> None:
     torch.manual_seed(0)
     model = VectorIndex(Hearing(6, 8, stack=2), Spelling(8), 8, window=3, hop=2).double().eval().requires_grad_(False)
-    x = sound(14, 4, 1)
+    lengths = 14, 8, 4, 1
+    x = sound(*lengths)
     bank = model.embed(TERMS)
     found = model.odds(x, bank) * model.temperature.exp()
-    for row, length in enumerate((14, 4, 1)):
+    for row, length in enumerate(lengths):
         frames = model.frames(alone(x, row, length)).values[0]
         pieces = [frames[i : i + 3] for i in range(0, max(1, len(frames) - 2), 2)]
         vectors = torch.stack([torch.nn.functional.normalize(model.sound(piece.mean(0)), dim=0) for piece in pieces])

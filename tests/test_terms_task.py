@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +16,16 @@ from test_terms import made, sound
 
 from speechattn.data.prepare.manifests import Utterance, write_manifests
 from speechattn.errors import ModelError
-from speechattn.terms import Bank, RawRetriever, Retriever, Term, VectorIndex
+from speechattn.frames import Frames
+from speechattn.terms import Bank, RawRetriever, RestingRetriever, Retriever, Term, VectorIndex, contrastive
 from speechattn.terms.folder import load_matcher, save_matcher
 
 pytest.importorskip("lhotse")
 pytest.importorskip("jsonargparse")
 
 from speechattn.cli import main
-from speechattn.task.terms import Curriculum, said_in, worded
+from speechattn.task.kept import named
+from speechattn.task.terms import Curriculum, TermRetrieval, said_in, worded
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "terms"
@@ -60,7 +63,7 @@ def line(name: str, seed: int) -> Utterance:
     return Utterance(name, lambda: noise, said, "nobody", "en", None, None)
 
 
-@pytest.mark.parametrize("name", ["terms", "index"])
+@pytest.mark.parametrize("name", ["terms", "released", "index"])
 def test_the_recipe_trains_validates_and_writes_a_matcher(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,18 +77,57 @@ def test_the_recipe_trains_validates_and_writes_a_matcher(
     over = [] if name == "terms" else ["--config", str(RECIPES / f"{name}.yaml")]
     given = ["fit", "--config", str(RECIPES / "terms.yaml"), *over, "--trainer.default_root_dir", "run",
              "--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--trainer.logger", "false",
-             "--trainer.enable_progress_bar", "false", "--model.init_args.align", "1",
-             "--model.init_args.scheduler.init_args.total", "2",
+             "--trainer.enable_progress_bar", "false", "--model.init_args.scheduler.init_args.total", "2",
              "--model.init_args.scheduler.init_args.warmup", "1"]  # fmt: skip
+    given += ["--model.init_args.align", "1"] if name == "released" else []
     assert main(given) == 0
     matcher, encoder = load_matcher(tmp_path / "run" / "model")
     assert encoder == "speechattn/en-tiny-stream"
-    assert type(matcher) is {"terms": Retriever, "index": VectorIndex}[name]
+    assert type(matcher) is {"terms": RawRetriever, "released": RestingRetriever, "index": VectorIndex}[name]
     assert len([*(tmp_path / "runs" / "terms" / "frames").glob("*.npy")]) == 6
-    torch.manual_seed(0)
+    if name != "index":
+        check_calibrated(matcher, words, tmp_path / "runs" / "terms" / "frames")
     untrained = yaml.safe_load((tmp_path / "run" / "model" / "config.yaml").read_text())
     assert untrained["matcher"]["init_args"]["dim"] == 128
     assert main([*given, "--resume"]) == 0
+
+
+def test_what_is_learnt_in_which_step(tmp_path: Path) -> None:
+    (tmp_path / "terms.txt").write_text("silky\n")
+    file, x, texts = str(tmp_path / "terms.txt"), sound(9, 4), ("silky human hair", "a winter evening")
+    model = made(RestingRetriever).float()
+    x = Frames(x.values.float(), x.mask)
+    before = model.odds(x, model.embed(["ox"]))
+    task = TermRetrieval(model, "speechattn/en-tiny-stream", file, file, str(tmp_path), Curriculum(9, 0),
+                         align=1, contrast=0.5, smoothing=0.0, prior=-2.0)  # fmt: skip
+    torch.testing.assert_close(model.odds(x, model.embed(["ox"])), before - 2)
+    task.kept = (lambda batch: SimpleNamespace(frames=x),)
+    label = torch.tensor([[True, True, True, False, False], [False, False, False, True, True]])
+    bank = model.embed(["silky", "human", "hair", "winter", "evening"])
+    for step, say in enumerate((model.alike, model.present)):
+        odds = say(model.frames(x), bank)
+        fit = torch.nn.functional.binary_cross_entropy_with_logits(odds, label.float())
+        wanted = fit + 0.5 * contrastive(odds, label)
+        torch.testing.assert_close(task.loss(SimpleNamespace(texts=texts), step), wanted)
+
+
+@pytest.mark.parametrize("wrong", [{"contrast": 1.0}, {"align": 3}, {"prior": -4.0}])
+def test_an_index_learns_by_contrast_alone(wrong: dict[str, float]) -> None:
+    model = made()
+    index = VectorIndex(model.frames, model.spelling, 8, window=2)
+    with pytest.raises(ValueError, match="not with an index"):
+        TermRetrieval(index, "encoder", "terms", "bank", "keep", Curriculum(1, 1), **wrong)
+
+
+def check_calibrated(matcher: Retriever, words: list[str], frames: Path) -> None:
+    """The mean probability of the validation set is the mean of Platt's targets."""
+    bank, held = Bank(matcher, [Term(word) for word in words]), [line(f"held-{i}", i) for i in range(2)]
+    rows = [torch.from_numpy(np.load(frames / named(utterance.id))).float()[None] for utterance in held]
+    odds = torch.cat([bank.odds(Frames(x, torch.ones(x.shape[:2], dtype=torch.bool))) for x in rows])
+    label = torch.tensor([[said_in(word, worded(utterance.text)) for word in words] for utterance in held])
+    said, silent = int(label.sum()), int((~label).sum())
+    wanted = (said * (said + 1) / (said + 2) + silent / (silent + 2)) / label.numel()
+    assert float(odds.sigmoid().mean()) == pytest.approx(wanted, abs=2e-3)
 
 
 def test_recipes_name_what_their_page_makes() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,17 @@ from speechattn.score.terms import recall_at
 from speechattn.task.base import Task, seeded
 from speechattn.task.checkpoint import FORMAT
 from speechattn.task.kept import Kept
-from speechattn.terms import Bank, Retriever, Term, VectorIndex, contrastive, in_batch, presence_loss, read_terms
+from speechattn.terms import (
+    Bank,
+    Retriever,
+    Term,
+    VectorIndex,
+    calibration,
+    contrastive,
+    in_batch,
+    presence_loss,
+    read_terms,
+)
 from speechattn.terms.folder import save_matcher
 
 __all__ = ["Curriculum", "TermRetrieval", "said_in", "worded"]
@@ -74,15 +86,18 @@ class TermRetrieval(Task):
 
     `terms` is a text file of those that the last stage of the `curriculum` asks for, `bank` one that validation
     retrieves from. Terms of a batch are one another's negatives, cut to `most`; a term that another utterance happens
-    to say is a positive there, too. The loss of a retriever is `presence_loss`, but for the first `align` steps: until
-    queries and keys have met in one space, as those of a speech language model have before (arXiv 2508.18701, frozen
-    projector), it is `contrastive` over `alike`; later that stays with the weight `contrast`. An index has its own.
-    What the encoder says is computed once, into the folder `keep`; the trained matcher is written beside the log.
+    to say is a positive there, too. The loss of a retriever is `presence_loss` of its odds, and with the weight
+    `contrast` `contrastive` of them: that is what queries and keys meet by, which a speech language model has brought
+    into one space before (arXiv 2508.18701, frozen projector). For the first `align` steps both are of `alike` instead.
+    An index learns by `contrastive` alone. `prior` is the log-odds of presence, whatever is heard, before anything is
+    learnt: most pairs are of a term that was not said (arXiv 2303.15343). What the encoder says is computed once, into
+    the folder `keep`; the trained matcher is written beside the log, and what a retriever's odds are there is a
+    probability on the validation sets (`calibration`).
     """
 
     def __init__(
         self, matcher: nn.Module, encoder: str, terms: str, bank: str, keep: str, curriculum: Curriculum, *,
-        align: int = 0, contrast: float = 0.0, most: int = 100, smoothing: float = 0.1,
+        align: int = 0, contrast: float = 0.0, most: int = 100, smoothing: float = 0.1, prior: float = 0.0,
         optimizer: OptimizerCallable = AdamW, scheduler: LRSchedulerCallable | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(optimizer=optimizer, scheduler=scheduler, seed=seed)
@@ -90,6 +105,10 @@ class TermRetrieval(Task):
             raise ValueError(f"matcher {type(matcher).__name__}: wanted a Retriever or a VectorIndex")
         if align < 0 or most < 1 or not 0 <= smoothing < 1 or not contrast >= 0:
             raise ValueError(f"align {align}, most {most}, smoothing {smoothing}, contrast {contrast}: out of range")
+        if isinstance(matcher, Retriever):
+            matcher.calibrate(1.0, prior)
+        elif align or contrast or prior:
+            raise ValueError("align, contrast, prior: not with an index, which learns by contrast alone")
         self.model, self.encoder = matcher, encoder
         self.rare = frozenset(worded(term.source) for term in read_terms(terms))
         self.bank = [worded(term.source) for term in read_terms(bank)]
@@ -126,16 +145,14 @@ class TermRetrieval(Task):
         said = [self.curriculum.terms(text, step, self.rare, lots) if text else [] for text in texts]
         generator = torch.Generator().manual_seed(seeded(self.seed, step, 1))
         terms, _ = in_batch(said, self.most, generator)
-        label = torch.tensor([[said_in(term, text) for term in terms] for text in texts]).to(self.device)
+        label = self.label(terms, batch.texts)
         x = self.kept[0](batch).frames
         bank = self.model.embed(terms)
         if isinstance(self.model, VectorIndex):
             return contrastive(self.model.odds(x, bank), label)
         heard = self.model.frames(x)
-        met = contrastive(self.model.alike(heard, bank), label)
-        if step < self.align:
-            return met
-        return presence_loss(self.model.present(heard, bank), label, self.smoothing) + self.contrast * met
+        odds = self.model.alike(heard, bank) if step < self.align else self.model.present(heard, bank)
+        return presence_loss(odds, label, self.smoothing) + self.contrast * contrastive(odds, label)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of the batch."""
@@ -152,8 +169,7 @@ class TermRetrieval(Task):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Recall of the terms of the bank that were said."""
         odds = self.whole.odds(self.kept[0](batch).frames)
-        texts = [worded(text) for text in batch.texts]
-        gold = [[i for i, term in enumerate(self.bank) if said_in(term, text)] for text in texts]
+        gold = [row.nonzero()[:, 0].tolist() for row in self.label(self.bank, batch.texts)]
         for k in (1, 10, 50):
             self.found.setdefault(f"valid/recall@{k}", []).extend(recall_at(odds, gold, k))
 
@@ -167,7 +183,28 @@ class TermRetrieval(Task):
         super().on_train_end()
         if self.config is not None:
             folder = Path(self.trainer.default_root_dir) / "model"
-            save_matcher(self.model, self.config["matcher"], self.encoder, folder)
+            save_matcher(self.calibrated(), self.config["matcher"], self.encoder, folder)
+
+    @torch.no_grad()
+    def calibrated(self) -> Retriever | VectorIndex:
+        """The matcher whose odds are probabilities on the validation sets; as it is, if it is an index."""
+        matcher: Retriever | VectorIndex = deepcopy(self.model).eval()
+        if not isinstance(matcher, Retriever):
+            return matcher
+        bank, odds, label = Bank(matcher, [Term(term) for term in self.bank]), [], []
+        for batch in (batch for loader in self.trainer.val_dataloaders or [] for batch in loader):
+            odds.append(bank.odds(self.kept[0](batch.to(self.device)).frames))
+            label.append(self.label(self.bank, batch.texts))
+        if not label or not torch.cat(label).any():
+            warnings.warn("no term of the bank is said in a validation set: odds are as they were learnt", stacklevel=2)
+            return matcher
+        matcher.calibrate(*calibration(torch.cat(odds), torch.cat(label)))
+        return matcher
+
+    def label(self, terms: Sequence[str], texts: Sequence[str]) -> Tensor:
+        """Which terms the texts say [B, N]."""
+        spoken = [worded(text) for text in texts]
+        return torch.tensor([[said_in(term, text) for term in terms] for text in spoken], device=self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint knows its place in the training; it has no tokens."""

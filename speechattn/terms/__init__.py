@@ -1,7 +1,7 @@
 """Which terms of a bank are said: Attention2Probability (arXiv 2508.18701), and the baseline of vectors."""
 
 from speechattn.terms.bank import Bank, Found, best
-from speechattn.terms.loss import contrastive, in_batch, presence_loss
+from speechattn.terms.loss import calibration, contrastive, in_batch, presence_loss
 from speechattn.terms.resting import RestingRetriever
 from speechattn.terms.retriever import Hearing, Queries, Retriever, Running
 from speechattn.terms.spelling import Spelling, Subwords
@@ -12,6 +12,6 @@ from speechattn.terms.weights import RawRetriever
 
 __all__ = [
     "Bank", "Found", "Hearing", "Queries", "RawRetriever", "RestingRetriever", "Retriever", "Running", "Spelling",
-    "Spotter", "Subwords", "Term", "VectorIndex", "Vectors", "best", "contrastive", "in_batch", "parse_terms",
-    "presence_loss", "read_terms", "written",
+    "Spotter", "Subwords", "Term", "VectorIndex", "Vectors", "best", "calibration", "contrastive", "in_batch",
+    "parse_terms", "presence_loss", "read_terms", "written",
 ]  # fmt: skip

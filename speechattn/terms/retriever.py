@@ -22,6 +22,7 @@ from speechattn.tree import node
 __all__ = ["Hearing", "Queries", "Retriever", "Running"]
 
 PIECE = 1 << 11  # tokens whose scores are held at once when no gradient is asked
+SHARP = 4.0  # queries begin so many times as long as linear layers make them: scores that are all alike teach little
 
 
 class Hearing(Serial):
@@ -110,6 +111,8 @@ class Retriever(nn.Module):
         self.word = nn.Linear(spelling.features, dim)  # type: ignore[arg-type]
         self.cross = cross(dim, heads)
         self.out = nn.Linear(dim, 2)
+        with torch.no_grad():
+            self.cross.query.weight.mul_(SHARP)
 
     def embed(self, texts: Sequence[str]) -> Queries:
         """The queries of terms, whose cost is paid once. InputError for one that cannot be spelled."""
@@ -143,7 +146,7 @@ class Retriever(nn.Module):
 
     def present(self, x: Frames, bank: Queries) -> Tensor:
         """The same of frames [B, T, D] of `self.frames`."""
-        key, say, mask = self.at_once(x)
+        key, say, mask = self.heard(x)
         if not mask.shape[1] or not len(bank.query):
             return bank.prior.expand(len(mask), -1)
         whole = known(mask) and bool(mask.all())
@@ -153,28 +156,25 @@ class Retriever(nn.Module):
             if not whole:
                 scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
             seen.append((scores.softmax(-1) @ say[..., None])[..., 0].sum(1))
-        return self.told(torch.cat(seen, 1), bank)
+        return bank.prior + averaged(torch.cat(seen, 1), bank)
+
+    @torch.no_grad()
+    def calibrate(self, scale: float, bias: float) -> None:
+        """From now on log-odds are `scale` times what they were, and `bias` more (`loss.calibration`)."""
+        self.out.weight.mul_(scale)
+        self.out.bias.mul_(scale)[-1] += bias
 
     def alike(self, x: Frames, bank: Queries) -> Tensor:
         """Frames [B, T, D] -> how well the tokens of each term find something like them [B, N]: the mean over heads
         and tokens of their largest score, before any softmax. Queries and keys learn from it to meet.
         """
         state = self.step(x, self.start(len(x.mask), bank), bank)
-        found = state.most.mean(1) * bank.share
-        return found.new_zeros(len(found), len(bank)).index_add(1, bank.term, found)
-
-    def at_once(self, x: Frames) -> tuple[Tensor, Tensor, Tensor]:
-        """`heard`, of all that will be."""
-        return self.heard(x)
+        return averaged(state.most.mean(1), bank)
 
     def pieces(self, bank: Queries) -> Iterator[Tensor]:
         """Queries of tokens [H, m, D/H], few enough to stay in a cache when no gradient is asked."""
         query = bank.query.view(-1, self.heads, self.dim // self.heads).transpose(0, 1)
         return iter(torch.split(query, max(1, query.shape[1]) if torch.is_grad_enabled() else PIECE, 1))
-
-    def told(self, seen: Tensor, bank: Queries) -> Tensor:
-        """What each token saw [B, M] -> log-odds of terms [B, N]."""
-        return bank.prior.expand(len(seen), -1).index_add(1, bank.term, seen * bank.share)
 
     def start(self, rows: int, bank: Queries) -> Running:
         """Nothing was heard yet in so many rows."""
@@ -183,11 +183,7 @@ class Retriever(nn.Module):
 
     def step(self, x: Frames, state: Running, bank: Queries) -> Running:
         """More frames [B, T, D] of `self.frames`. Law: the same in whatever pieces they come."""
-        return self.further(self.heard(x), state, bank)
-
-    def further(self, heard: tuple[Tensor, Tensor, Tensor], state: Running, bank: Queries) -> Running:
-        """The running sums after what was `heard`."""
-        key, say, mask = heard
+        key, say, mask = self.heard(x)
         parts, at = [], 0
         for query in self.pieces(bank):
             scores = (query @ key.mT).masked_fill(~mask[:, None, None], -torch.inf)
@@ -200,7 +196,7 @@ class Retriever(nn.Module):
     def judged(self, state: Running, bank: Queries) -> Tensor:
         """Log-odds [B, N] after what was heard; those of a row that heard nothing are the prior."""
         seen = torch.where(state.total > 0, state.value / state.total.clamp(min=1e-30), 0.0).sum(1)
-        return self.told(seen, bank)
+        return bank.prior + averaged(seen, bank)
 
     def reference(self, x: Frames, ids: Tensor, mask: Tensor) -> Tensor:
         """The two logits [B, N, 2] of `out`, step by step as released; softmax gives absence and presence."""
@@ -211,6 +207,11 @@ class Retriever(nn.Module):
         seen, _ = self.cross.attend(word.flatten(1, 2), self.cross.read(Memory.of(heard)), ())
         context = mean(seen.context.view(len(seen.context), n, length, self.dim), there)
         return mean(self.out(word + context[:, :, None]), there)
+
+
+def averaged(each: Tensor, bank: Queries) -> Tensor:
+    """Numbers of tokens [B, M] -> their mean in each term [B, N]."""
+    return each.new_zeros(len(each), len(bank)).index_add(1, bank.term, each * bank.share)
 
 
 def summed(scores: Tensor, say: Tensor, state: Running, piece: slice) -> Running:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from speechattn.cross.soft import Soft
 from speechattn.frames import Frames
 from speechattn.stream import Stream
-from speechattn.terms.retriever import Queries, Retriever, Running, mean
+from speechattn.terms.retriever import Queries, Retriever, Running, averaged, mean
 
 __all__ = ["RawRetriever"]
 
@@ -32,13 +32,6 @@ class RawRetriever(Retriever):
         self.out = nn.Linear(heads, 1)
         nn.init.constant_(self.out.weight, 1 / heads)
         nn.init.zeros_(self.out.bias)
-
-    @classmethod
-    def of(cls, retriever: Retriever) -> RawRetriever:
-        """With sound, letters, queries and keys of another, which are shared; its order is that of `alike`."""
-        made = cls(retriever.frames, retriever.spelling, retriever.dim, retriever.heads)
-        made.word, made.cross.query, made.cross.key = retriever.word, retriever.cross.query, retriever.cross.key
-        return made.train(retriever.training)
 
     def queries(self, ids: Tensor, mask: Tensor) -> Queries:
         """Of tokens [N, U]; all terms have the same prior."""
@@ -66,8 +59,7 @@ class RawRetriever(Retriever):
     def judged(self, state: Running, bank: Queries) -> Tensor:
         """Log-odds [B, N]; those of a row that heard nothing are the prior."""
         seen = state.most.masked_fill(state.most == -torch.inf, 0.0)
-        found = (seen * self.out.weight.view(-1, 1)).sum(1)
-        return bank.prior.expand(len(found), -1).index_add(1, bank.term, found * bank.share)
+        return bank.prior + averaged((seen * self.out.weight.view(-1, 1)).sum(1), bank)
 
     def reference(self, x: Frames, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits [B, N, 2] of absence (always 0) and presence, with all scores at once."""
