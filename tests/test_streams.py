@@ -23,7 +23,9 @@ from speechattn.attention.moba import MoBA
 from speechattn.attention.prefill import FlexPrefill, SampleAttention
 from speechattn.attention.quest import Quest
 from speechattn.attention.sparse import SparseSelfAttention
+from speechattn.audio.lips import Grey, LipNet
 from speechattn.audio.spectrum import CentredLogMel, KaldiFbank, LogMel
+from speechattn.audio.waves import Conv1d, Mean, WaveResNet
 from speechattn.decoder.ctc import CTC, SelfConditioned
 from speechattn.decoder.letters import Letters, OwnTokens
 from speechattn.encoder import (
@@ -82,6 +84,8 @@ ELSEWHERE: dict[type, str] = {
     Gated: "test_echo.py", Convolution: "test_embedded.py", Flow: "test_embedded.py",
     StreamingEncoder: "test_embedded.py", Turning: "test_embedded.py", Floored: "test_embedded.py",
     Letters: "test_embedded.py", OwnTokens: "test_espnet_st.py", Revising: "test_revising.py", Hearing: "test_terms.py",
+    Grey: "test_lips.py", LipNet: "test_lips.py", Conv1d: "test_lips.py", Mean: "test_lips.py",
+    WaveResNet: "test_lips.py",
 }  # fmt: skip
 
 

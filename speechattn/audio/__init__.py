@@ -1,3 +1,3 @@
-"""Sound: reading, resampling, features, voice activity, the microphone."""
+"""Sound: reading, resampling, features, voice activity, the microphone. And lips: videos, their features."""
 
 __all__: list[str] = []

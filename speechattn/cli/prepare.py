@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
     """One command for each corpus."""
     parser = commands.add_parser("prepare", help="corpora as sounds and manifests", allow_abbrev=False)
     corpora = parser.add_subparsers(dest="corpus", metavar="CORPUS", required=True)
-    for add in (add_fotaq, add_tuxpaint, add_librispeech, add_must_c, add_folder, add_synthetic):
+    for add in (add_fotaq, add_tuxpaint, add_librispeech, add_must_c, add_folder, add_synthetic, add_avsynth):
         add(corpora)
 
 
@@ -201,6 +201,47 @@ def run_synthetic(options: argparse.Namespace) -> int:
         audio_format=options.audio_format,
         translations=None if options.translations is None else read_lines(options.translations),
         translation_language=options.translation_language,
+    )  # fmt: skip
+    report(options.folder, options.name, options.split)
+    return 0
+
+
+def add_avsynth(corpora: Any) -> None:
+    """Options of `prepare avsynth`."""
+    parser = add_corpus(corpora, "avsynth", "synthetic speech for a text file, each line with video of a drawn mouth")
+    parser.add_argument("text", metavar="TEXT", type=Path, help="UTF-8, one utterance per line")
+    parser.add_argument(
+        "--voices", type=words, default=["flite:slt", "flite:rms", "flite:awb", "espeak"], metavar="VOICES",
+        help="as of `prepare synthetic`, of espeak and flite (default: flite:slt,flite:rms,flite:awb,espeak)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="decides who reads, who is seen, how they move (default 0)")
+    parser.add_argument(
+        "--speeds", nargs=2, type=float, default=(0.9, 1.1), metavar=("SLOW", "FAST"), help="default 0.9 1.1"
+    )
+    parser.add_argument("--takes", type=int, default=1, metavar="N", help="read each line N times (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="clips made at a time (default 1)")
+    parser.add_argument("--babble", type=float, metavar="DB", help="speech so much louder than babble around it")
+    parser.add_argument("--talkers", type=int, metavar="N", help="of the babble, from the same part (default 6)")
+    parser.add_argument("--split", default="train", help="name of the part (default train)")
+    parser.add_argument("--name", default="avsynth", help="name of the corpus (default avsynth)")
+    add_target(parser)
+    parser.set_defaults(run=run_avsynth)
+
+
+def run_avsynth(options: argparse.Namespace) -> int:
+    """Read and film the lines, write one part."""
+    from speechattn.data.prepare import avsynth, synthetic
+
+    if options.jobs < 1 or options.takes < 1:
+        raise InputError("--jobs and --takes: at least 1")
+    if options.babble is None and options.talkers is not None:
+        raise InputError("--talkers is of --babble, which says how loud")
+    talkers = 6 if options.talkers is None else options.talkers
+    noise = None if options.babble is None else avsynth.Babble(options.babble, talkers)
+    cast = synthetic.parse_cast(options.voices, (options.speeds[0], options.speeds[1]))
+    avsynth.prepare(
+        options.folder, read_lines(options.text), cast, split=options.split, name=options.name, seed=options.seed,
+        takes=options.takes, jobs=options.jobs, audio_format=options.audio_format, noise=noise,
     )  # fmt: skip
     report(options.folder, options.name, options.split)
     return 0
