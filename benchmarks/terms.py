@@ -27,12 +27,12 @@ from torch import Tensor
 from speechattn.data.corpus import Corpus
 from speechattn.frames import Frames
 from speechattn.model import load_model
+from speechattn.model.matcher import load_matcher
 from speechattn.score.significance import compare, interval
 from speechattn.score.terms import precision_at, recall_at
 from speechattn.task.kept import Kept
 from speechattn.task.terms import said_in, worded
 from speechattn.terms import Bank, Hearing, RawRetriever, Retriever, Spelling, Term, VectorIndex, read_terms
-from speechattn.terms.folder import load_matcher
 
 SETS = {"test": "data/terms/test_cuts_test.jsonl.gz", "fotaq": "data/fotaq/fotaq_cuts_test.jsonl.gz"}
 SIZES = (100, 1000, 10000)

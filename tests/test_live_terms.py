@@ -19,8 +19,8 @@ from speechattn.live import Event, Pool, Session, Terms, TermUse
 from speechattn.live.events import Word
 from speechattn.live.terms import Watch
 from speechattn.model import Recognizer, load_model
+from speechattn.model.matcher import save_matcher
 from speechattn.terms import Bank, Hearing, Queries, Retriever, Running, Spelling, Term
-from speechattn.terms.folder import save_matcher
 
 DIGITS = Path(__file__).parent / "digits"
 JON, MARC = DIGITS / "12.flac", DIGITS / "13.flac"  # "call jon please", "please call marc"

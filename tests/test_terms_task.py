@@ -17,8 +17,8 @@ from test_terms import made, sound
 from speechattn.data.prepare.manifests import Utterance, write_manifests
 from speechattn.errors import ModelError
 from speechattn.frames import Frames
+from speechattn.model.matcher import load_matcher, save_matcher
 from speechattn.terms import Bank, RawRetriever, RestingRetriever, Retriever, Term, VectorIndex, contrastive
-from speechattn.terms.folder import load_matcher, save_matcher
 
 pytest.importorskip("lhotse")
 pytest.importorskip("jsonargparse")

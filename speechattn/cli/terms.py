@@ -12,8 +12,8 @@ from speechattn.errors import InputError, ModelError
 from speechattn.live.session import Session
 from speechattn.live.terms import Terms, TermUse
 from speechattn.model.load import DEFAULT, located
+from speechattn.model.matcher import load_matcher
 from speechattn.terms.bank import Bank
-from speechattn.terms.folder import load_matcher
 from speechattn.terms.vector import VectorIndex
 
 __all__ = ["OPTIONS", "add_terms_options", "build_terms", "read_bank", "retriever_of", "tell_terms"]

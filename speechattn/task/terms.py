@@ -19,6 +19,7 @@ from torch.optim import AdamW
 from speechattn.data.batch import Batch
 from speechattn.errors import InputError
 from speechattn.model import Recognizer, load_model
+from speechattn.model.matcher import save_matcher
 from speechattn.score.terms import recall_at
 from speechattn.task.base import Task, seeded
 from speechattn.task.checkpoint import FORMAT
@@ -34,7 +35,6 @@ from speechattn.terms import (
     presence_loss,
     read_terms,
 )
-from speechattn.terms.folder import save_matcher
 
 __all__ = ["Curriculum", "TermRetrieval", "said_in", "worded"]
 
