@@ -48,8 +48,10 @@ bench-model: .venv/dev
 bench-simul: .venv/dev
 	$(BIN)/python benchmarks/simul.py $(ARGS)
 
+# Terms retrieved, and then what they do to live transcripts (half an hour); with ARGS the first alone.
 bench-terms: .venv/dev
 	$(BIN)/python benchmarks/terms.py $(ARGS)
+	$(if $(ARGS),,$(BIN)/python benchmarks/terms_use.py)
 
 # What the compiler makes of every kernel, for sm_80 and sm_90; ARGS="--default --op window".
 aot-kernels: .venv/dev

@@ -17,6 +17,7 @@ from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.live import Event, Pool, Session, Terms, TermUse
 from speechattn.live.events import Word
+from speechattn.live.streaming import valid
 from speechattn.live.terms import Watch
 from speechattn.model import Recognizer, load_model
 from speechattn.model.matcher import save_matcher
@@ -213,6 +214,14 @@ def test_phrases_of_the_user_stay(model: Recognizer, matcher: Scripted) -> None:
     one.prefer(["jon"])
     assert text(heard(one, sound(JON, MARC, JON, apart_s=1.2))) == "call jon please please call marc call jon please"
     assert [(hit.text, len(hit.spans)) for hit in one.hits()] == [("jon", 2)]
+
+
+def test_frames_of_the_utterance_before_are_not_heard_again() -> None:
+    mask = torch.tensor([[True] * 6, [True, True, False, True, True, False]])
+    frames = Frames.of(torch.arange(12.0).view(2, 6, 1) + 1, mask)
+    assert valid(frames, 0, 2, 4).values.flatten().tolist() == [3, 4]
+    assert valid(frames, 1, 1, 6).values.flatten().tolist() == [8, 10, 11]
+    assert valid(frames, 1, 5, 6).mask.shape == (1, 0)
 
 
 def test_a_translation_says_targets(matcher: Scripted) -> None:

@@ -79,6 +79,28 @@ def test_it_says_what_the_search_over_a_growing_memory_says_of_all_of_it(
         said = drafted(made, tree.select(x, [b]), book(phrases, bonus)).tokens.tolist()
         if loop_start(said) is None:  # where one stops may depend on what is taken back later
             assert list(mine.tokens) == said
+            probable = drafted(made, tree.select(x, [b]), book(phrases, bonus)).log_probs.tolist()
+            assert list(mine.log_probs) == pytest.approx(probable, abs=1e-6)
+
+
+@pytest.mark.usefixtures("precise")
+def test_what_may_not_stand_first_does_not_where_a_phrase_was_taken_back() -> None:
+    taken = 0
+    for seed in range(40):
+        made, x = decoder(seed), utterances(1, 12, holes=False)
+        first = [*drafted(made, x, None).tokens.tolist()[:1], END][:1]
+        greedy = Greedy(made, END, suppress=NEVER, suppress_first=first)
+        plain = greedy.draft(Memory.of(x), [END], [], max_tokens=20)
+        others = [token for token in BEGINS if token not in [*plain.tokens.tolist()[:1], END]]
+        leaning = Leaning(
+            phrases := book([[token, *NEVER] for token in others], 4.0), phrases.root
+        )  # which nobody says
+        said = greedy.draft(Memory.of(x), [END], [], max_tokens=20, leaning=leaning)
+        taken += 0 in leaning.barred.values()
+        assert [*said.tokens.tolist(), END][0] not in first
+        assert len(said.log_probs) == len(said.tokens)
+        assert [*plain.tokens.tolist(), END][0] not in first
+    assert taken > 5
 
 
 def test_without_phrases_nothing_changes() -> None:
