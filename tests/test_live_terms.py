@@ -224,6 +224,18 @@ def test_frames_of_the_utterance_before_are_not_heard_again() -> None:
     assert valid(frames, 1, 5, 6).mask.shape == (1, 0)
 
 
+def test_every_frame_is_heard_once(model: Recognizer, matcher: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, hear = list[float](), Watch.hear
+    monkeypatch.setattr(Watch, "hear", lambda watch, x: (seen.extend(x.values[0, :, 0].tolist()), hear(watch, x))[1])
+    samples = sound(JON, MARC, apart_s=1.2)
+    one = session(model, Terms(bank(matcher, "jon")))
+    ends = sum(event.final for event in heard(one, samples))
+    x = torch.from_numpy(np.pad(samples, [0, RATE]))[None]
+    whole = model.listening(Frames(x, torch.arange(x.shape[1])[None] < len(samples)))
+    assert ends > 1
+    assert seen == pytest.approx(whole.values[0, whole.mask[0], 0].tolist(), abs=1e-4)
+
+
 def test_a_translation_says_targets(matcher: Scripted) -> None:
     terms = Terms(bank(matcher, "jon=joão", "marc"))
     x = Frames(torch.zeros(1, 20, matcher_features(matcher)), torch.ones(1, 20, dtype=torch.bool))
