@@ -207,6 +207,10 @@ def test_a_bank_is_a_sessions_own_and_changes_while_it_is_live(model: Recognizer
         one.add_terms([Term("jon")])
     with pytest.raises(InputError, match="not in the bank"):
         one.remove_terms(["marc"])
+    with pytest.raises(InputError, match="cannot spell: '東京'"):
+        one.add_terms([Term("東京")])
+    with pytest.raises(InputError, match="cannot spell: '東京'"):
+        session(model, Terms(Bank(Scripted({"東京": 1}, 64).eval(), [Term("東京")])))
 
 
 def test_phrases_of_the_user_stay(model: Recognizer, matcher: Scripted) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from speechattn.errors import InputError
 from speechattn.frames import Frames
@@ -11,10 +12,12 @@ from speechattn.live.report import Report
 from speechattn.live.terms import Terms, TermUse, Watch
 from speechattn.search.leaning import Leaning
 from speechattn.search.phrases import Hits, Phrases
+from speechattn.terms.text import Term
 from speechattn.text.pieces import Encodes, spelled
 
-__all__ = ["Preferred"]
+__all__ = ["NO_TERMS", "Preferred"]
 
+NO_TERMS = "this session was made without terms"
 PROMPT = 100  # tokens, of 224 that Whisper takes
 
 
@@ -35,6 +38,12 @@ class Preferred:
         self.report = Report(self.phrases)
         if terms is not None:
             self._book()
+            self._check(terms.bank.terms)
+
+    def _check(self, terms: Sequence[Term]) -> None:
+        """InputError for terms that this model cannot say, before they are retrieved."""
+        assert self.watch is not None
+        spellable(tuple(map(self.watch.said, terms)), self.tokenizer, self.spaceless)  # type: ignore[arg-type]
 
     def _book(self) -> Phrases:
         if self.book is None:
@@ -110,6 +119,19 @@ class Preferred:
         self.drop(self.root)
         self.root = None
 
+    def add_terms(self, terms: Sequence[Term]) -> None:
+        """From now on these may be retrieved, too. InputError, and nothing is changed, for one that cannot be."""
+        if self.watch is None:
+            raise InputError(NO_TERMS)
+        self._check(terms)
+        self.watch.spotter.add(terms)
+
+    def remove_terms(self, sources: Sequence[str]) -> None:
+        """From now on these are not retrieved."""
+        if self.watch is None:
+            raise InputError(NO_TERMS)
+        self.watch.spotter.remove(sources)
+
     def hits(self) -> list[Hits]:
         """Where each phrase was said since it was asked for."""
         return self.report.hits()
@@ -117,3 +139,9 @@ class Preferred:
     def uses(self) -> list[TermUse] | None:
         """What became of terms; None where there are none."""
         return None if self.watch is None else [*self.watch.uses.values()]
+
+
+@lru_cache(maxsize=16)
+def spellable(names: tuple[str, ...], tokenizer: Encodes, spaceless: bool) -> None:
+    """InputError for what the vocabulary cannot spell; for many sessions with the same list it is found once."""
+    spelled(names, tokenizer, spaceless=spaceless)

@@ -19,9 +19,9 @@ from speechattn.errors import InputError
 from speechattn.live.endings import StreamSettings
 from speechattn.live.events import Event, Word
 from speechattn.live.listener import Decision, Listener, StreamModel, WindowModel
-from speechattn.live.preferred import Preferred
+from speechattn.live.preferred import NO_TERMS, Preferred
 from speechattn.live.streaming import Streaming
-from speechattn.live.terms import Terms, TermUse, Watch
+from speechattn.live.terms import Terms, TermUse
 from speechattn.live.windowed import Settings, Windowed
 from speechattn.policy import Policy
 from speechattn.search import Search
@@ -163,21 +163,21 @@ class Session:
 
     def add_terms(self, terms: Sequence[Term]) -> None:
         """From now on these terms may be retrieved, too. InputError for one that is there or that cannot be spelled."""
-        self._watch().spotter.add(terms)
+        self._terms().add_terms(terms)
 
     def remove_terms(self, sources: Sequence[str]) -> None:
         """From now on these are not retrieved. InputError for one that is not there."""
-        self._watch().spotter.remove(sources)
+        self._terms().remove_terms(sources)
 
     def _preferred(self) -> Preferred | None:
         assert isinstance(self.listener, Streaming | Windowed)
         return self.listener.preferred
 
-    def _watch(self) -> Watch:
+    def _terms(self) -> Preferred:
         preferred = self._preferred()
-        if preferred is None or preferred.watch is None:
-            raise InputError("this session was made without terms")
-        return preferred.watch
+        if preferred is None:
+            raise InputError(NO_TERMS)
+        return preferred
 
     def close(self) -> None:
         """Nothing will follow for those who wait for events."""

@@ -64,9 +64,10 @@ class Watch:
     @property
     def phrases(self) -> tuple[str, ...]:
         """What is to be preferred now."""
-        return tuple(self._said(found.term) for found in self.found)
+        return tuple(self.said(found.term) for found in self.found)
 
-    def _said(self, term: Term) -> str:
+    def said(self, term: Term) -> str:
+        """What is written of it."""
         return term.target if self.translates and term.target is not None else term.source
 
     def hear(self, x: Frames) -> bool:
@@ -75,7 +76,7 @@ class Watch:
         if x.mask.shape[1] and len(self.spotter.bank):
             self.spotter.hear(x)
             self.found = self.spotter.found(top_k=self.terms.top_k, threshold=self.terms.threshold)
-            self.retrieved |= {self._said(found.term): found.term for found in self.found}
+            self.retrieved |= {self.said(found.term): found.term for found in self.found}
         return {*self.phrases} != before
 
     def add(self, words: Sequence[Word]) -> tuple[str, ...]:
