@@ -66,7 +66,7 @@ class Leant(Loops):
                 if again or end >= n or not (late or over):
                     break
                 wider += half
-            waits, full = (late or over) and not whole, whole and place >= most
+            waits, full = (late or over or place >= most) and not whole, whole and place >= most
             bar = None if again or waits else self.rules.fails(text, costs, bars, next_, over or full)
             if bar:
                 self.taken += 1

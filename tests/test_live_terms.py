@@ -159,6 +159,25 @@ def test_what_was_retrieved_is_preferred_in_its_utterance_alone(model: Recognize
     assert watch.hear(frames)
 
 
+def test_a_model_in_half_precision_has_terms_too(matcher: Scripted) -> None:
+    half = load_model(DIGITS, dtype="bfloat16")
+    assert isinstance(half, Recognizer)
+    assert text(heard(session(half, Terms(bank(matcher, "jon"))), sound(JON))) == "call jon please"
+
+
+def test_a_report_that_cannot_be_written_stops_no_other_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terms = tmp_path / "terms.txt"
+    terms.write_text("seven\n", encoding="utf-8")
+    (tmp_path / "12.terms.tsv").mkdir()
+    names = [str(JON), str(DIGITS / "01.flac")]
+    assert main(["transcribe", *names, "--terms", str(terms), "-o", str(tmp_path)]) == 2
+    assert "12.terms.tsv: Is a directory" in capsys.readouterr().err
+    assert (tmp_path / "01.terms.tsv").is_file()
+    assert (tmp_path / "12.txt").is_file()
+
+
 def test_events_do_not_depend_on_how_the_sound_was_cut(model: Recognizer, matcher: Scripted) -> None:
     samples, terms = sound(JON, MARC, apart_s=1.0), Terms(bank(matcher, "jon", "marc"))
     whole = heard(session(model, terms), samples, len(samples))

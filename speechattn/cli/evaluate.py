@@ -15,6 +15,7 @@ from typing import Any
 
 from speechattn.cli.options import add_running_options, add_session_options, build_model, build_session, folder
 from speechattn.cli.policies import SETTINGS
+from speechattn.cli.terms import build_terms
 from speechattn.errors import InputError
 from speechattn.live.session import Session
 from speechattn.live.streaming import Streaming
@@ -37,7 +38,7 @@ __all__ = ["add_parser", "changed", "command", "commit", "ears", "judged_by", "s
 FREE = ("command", "run", "processes", "normaliser", "limit", "output_dir", "metric", "json")  # may change in between
 POLICY = ("policy", *SETTINGS, "min_chunk_size")
 SEARCH = ("search", "beam_size")
-LISTS = ("hotwords_file", "terms", "terms_model")  # files that options name
+LISTS = {"hotwords_file": "hotwords", "terms": "terms", "terms_model": "retriever"}  # files that options name
 Keep = Callable[[Sequence[Heard]], None]
 
 
@@ -131,12 +132,12 @@ def ears(options: argparse.Namespace) -> Ears:
         return whisper_ears(options, model)
     streams = model.listening.plan().block is not None
     if streams:
-        listener = build_session(options, model).listener
+        listener, terms = build_session(options, model).listener, build_terms(options)
         assert isinstance(listener, Streaming)
         search, how = listener.search, listener.settings
         return Ears(
             WholeUtterances(model, search),
-            lambda: Session(model, policy=listener.policy, settings=how, search=search),
+            lambda: Session(model, policy=listener.policy, settings=how, search=search, terms=terms),
             model.sample_rate, options.chunk,
         )  # fmt: skip
     given = {"beam_size": options.beam_size} if options.beam_size is not None else {}
@@ -181,7 +182,11 @@ def settings(options: argparse.Namespace, place: Path) -> dict[str, Any]:
             said[name] = str(Path(said[name]).expanduser().resolve())
     said["contents of the model"] = fingerprint(located(options.model), but=place)
     said["contents of the manifest"] = fingerprint(options.manifest)
-    said |= {f"contents of {name}": fingerprint(getattr(options, name)) for name in LISTS if said[name] is not None}
+    said |= {
+        f"contents of the {what}": fingerprint(getattr(options, name))
+        for name, what in LISTS.items()
+        if said[name] is not None
+    }
     return said
 
 

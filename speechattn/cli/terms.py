@@ -49,7 +49,9 @@ def build_terms(options: argparse.Namespace) -> Terms | None:
         return None
     folder = retriever_of(options.model, options.terms_model)
     bank, encoder = read_bank(folder, options.terms)
-    if options.terms_model is not None and not same(encoder, KIN.get(options.model, options.model)):
+    if options.terms_model is not None and not any(
+        same(encoder, name) for name in (options.model, KIN.get(options.model, options.model))
+    ):
         raise InputError(f"--terms-model {folder}: made for the encoder of {encoder}, not for that of {options.model}")
     given = {"top_k": options.terms_top_k, "threshold": options.terms_threshold}
     return Terms(bank, **{name: value for name, value in given.items() if value is not None})
@@ -88,17 +90,23 @@ def same(one: str, other: str) -> bool:
         return one == other
 
 
-def tell_terms(session: Session, path: Path | None = None) -> None:
-    """What became of the terms of a session that has some: on standard error, or as TSV in a file."""
+def tell_terms(session: Session, path: Path | None = None, *, name: str = "") -> None:
+    """What became of the terms of a session that has some: on standard error (of the source `name`), or as TSV in a
+    file. InputError where that cannot be written.
+    """
     uses = session.terms()
     if uses is None:
         return
     if path is not None:
         lines = ["term\tretrieved\tsaid\tmissed\ttimes", *map(line, uses)]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        try:
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from error
         return
     said, rest = [use for use in uses if use.said], [use.term for use in uses if not use.said]
-    print(f"speechattn: terms: {len(uses)} retrieved, {len(said)} of them said", file=sys.stderr)
+    where = f"{name}: " if name else ""
+    print(f"speechattn: {where}terms: {len(uses)} retrieved, {len(said)} of them said", file=sys.stderr)
     for use in said:
         print(f"  {use.term}: {', '.join(f'{start:.1f} s' for start, _ in use.said)}", file=sys.stderr)
     if rest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,14 @@ def write_all(
             interrupted = True
             if name != "mic":
                 failed.append(f"{name}: interrupted; what was committed until then is written")
-        try:
-            display.write()
-            if session is not None:
-                tell_terms(session, None if path is None else path.with_suffix(".terms.tsv"))
-        except InputError as error:  # the other files may still be written
-            failed.append(str(error))
+        told = None if path is None else path.with_suffix(".terms.tsv")
+        several = name if len(names) > 1 else ""
+        for write in (display.write, partial(tell_terms, session, told, name=several) if session else None):
+            try:
+                if write is not None:
+                    write()
+            except InputError as error:  # the other files may still be written
+                failed.append(str(error))
         if interrupted:
             break
     for message in failed:

@@ -55,12 +55,10 @@ class Preferred:
 
         InputError, and nothing is changed, for phrases that cannot be spelled.
         """
-        before, self.phrases = self.phrases, tuple(phrases)
-        try:
-            old = self.turn()
-        except InputError:
-            self.phrases = before
-            raise
+        self._book()
+        spelled(phrases, self.tokenizer, spaceless=self.spaceless)
+        self.phrases = tuple(phrases)
+        old = self.turn()
         self.report = Report(phrases)
         return old
 

@@ -123,10 +123,11 @@ class Session:
         """No more sound: commit everything that remains. A second call does nothing."""
         if self.closed:
             return []
-        events = self._drive(self.listener.hear(self.rest()))
-        events += self._drive(self.listener.finish())
-        self.close()
-        return events
+        try:
+            events = self._drive(self.listener.hear(self.rest()))
+            return events + self._drive(self.listener.finish())
+        finally:
+            self.close()
 
     def resampled(self, samples: object, rate: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """Samples as the model wants them, as far as the resampler gives them already."""
@@ -243,6 +244,8 @@ class Session:
     ) -> None:
         if error is None:
             self.finish()
+        else:
+            self.close()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         queue: asyncio.Queue[Event | None] = asyncio.Queue()

@@ -314,7 +314,9 @@ def retrieved(
     if not before:
         return beam
     search = listeners[0].search
-    beam = search.bias(beam, roots(listeners, frames.mask.device))
+    changed = torch.tensor([i in before for i in range(len(listeners))], device=frames.mask.device)
+    biased = search.bias(beam, roots(listeners, frames.mask.device))
+    beam = tree.where(changed, biased, beam)  # the others stay inside the phrases in which they are
     for i, root in before.items():
         listeners[i].preferred.drop(root)
     return beam

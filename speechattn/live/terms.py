@@ -73,7 +73,7 @@ class Watch:
     def hear(self, x: Frames) -> bool:
         """More frames [1, T, D] of the utterance; tells whether other phrases are preferred now."""
         before = {*self.phrases}
-        if x.mask.shape[1] and len(self.spotter.bank):
+        if x.mask.shape[1]:
             self.spotter.hear(x)
             self.found = self.spotter.found(top_k=self.terms.top_k, threshold=self.terms.threshold)
             self.retrieved |= {self.said(found.term): found.term for found in self.found}
@@ -81,6 +81,8 @@ class Watch:
 
     def add(self, words: Sequence[Word]) -> tuple[str, ...]:
         """More committed words; the retrieved terms that they complete."""
+        if not words:
+            return ()
         self.words += words
         names = tuple(name for name, spans in self._hits() for _, last in spans if last > self.told)
         self.told = len(self.words)

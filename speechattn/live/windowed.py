@@ -159,7 +159,7 @@ class Windowed:
                 before = utterance.tokens
                 more = utterance.decide(finished=False, full=True)
                 self._remember(before)
-                decision = replace(more, words=decision.words + more.words)
+                decision = replace(more, words=decision.words + more.words, terms=decision.terms + more.terms)
         self.tokens = utterance.first
         if finished:
             self._remember(utterance.tokens)

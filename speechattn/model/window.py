@@ -90,6 +90,11 @@ class Spaced:
         self.pieces = pieces
 
     @property
+    def unknown(self) -> int | None:
+        """What stands for text that cannot be spelled."""
+        return self.pieces.unknown
+
+    @property
     def begins(self) -> tuple[bool, ...]:
         """Which tokens begin a word."""
         return self.pieces.begins

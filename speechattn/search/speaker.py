@@ -67,7 +67,8 @@ class Speaker:
             if (end or late) and view[1] < self.heard:
                 self.guess, self.wider = guess[i:], self.wider + 1
                 return i
-            waits, full = (late or end) and not whole, whole and len(self.tokens) >= self.most
+            full = len(self.tokens) >= self.most
+            waits, full = (late or end or full) and not whole, whole and full
             if self.leaning is not None and not waits and self.leaning.fails(token, end or full):
                 self._take_back(self.leaning)
                 return i

@@ -46,6 +46,8 @@ class Spotter:
         """More frames of the encoder [1, T, F], all of them valid."""
         if not bool(x.mask.all()):
             raise ValueError("a spotter hears valid frames")
+        like = self.retriever.out.weight  # a model may compute elsewhere, or otherwise
+        x = Frames(x.values.to(like), x.mask.to(like.device))
         x = x if self.waiting is None else Frames.cat([self.waiting, x])
         block = self.retriever.frames.plan().block or 1
         whole = x.mask.shape[1] // block * block
