@@ -25,6 +25,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU as SacreBLEU
+from test_live_terms import Scripted
 
 from speechattn.attention import Span, set_span
 from speechattn.cli import evaluate
@@ -517,6 +518,19 @@ def test_phrases_are_preferred_both_ways(manifest: Path, tmp_path: Path, capsys:
     assert {key for key, value in evaluate.settings(given, tmp_path / "out").items() if before[key] != value} == {
         "contents of the hotwords"
     }
+
+
+def test_terms_are_preferred_live(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted = Scripted({"jon": 8, "marc": 8}, 64).eval()
+    monkeypatch.setattr("speechattn.cli.terms.load_matcher", lambda _: (scripted, str(FOLDER)))
+    terms = tmp_path / "terms.txt"
+    terms.write_text("jon\nmarc\n")
+    how = ["--normaliser", "none", "--search", "transducer", "--json", "--terms", terms, "--terms-model", tmp_path]
+    run(FOLDER, manifest, *how)
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["WER"]["streamed"]["value"] < summary["WER"]["offline"]["value"]  # which hears no terms
 
 
 def test_every_option_that_a_model_needs_is_there(tmp_path: Path) -> None:

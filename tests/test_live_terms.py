@@ -12,12 +12,14 @@ import soundfile
 import torch
 from torch import Tensor
 
+from speechattn import tree
 from speechattn.cli.main import main
 from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.live import Event, Pool, Session, Terms, TermUse
 from speechattn.live.events import Word
-from speechattn.live.streaming import valid
+from speechattn.live.rows import joined
+from speechattn.live.streaming import Streaming, listen, retrieved, roots, valid
 from speechattn.live.terms import Watch
 from speechattn.model import Recognizer, load_model
 from speechattn.model.matcher import save_matcher
@@ -210,6 +212,33 @@ def test_a_row_does_not_know_the_terms_of_others(model: Recognizer, matcher: Scr
         assert text(found[slot]) == text(heard(session(model, one, kind), samples))
     names = [[name for name in ("jon", "marc") if name in text(found[slot]).split()] for slot in slots]
     assert names == [["jon"], ["marc"], [], []]
+
+
+def test_what_one_row_retrieves_leaves_the_others_where_they_are(model: Recognizer, matcher: Scripted) -> None:
+    """Also inside a phrase of which some words are committed."""
+    search = model.search("ctc", beam_size=8, phrases=[])
+    finds, waits = (Streaming(model, search=search, terms=one) for one in (Terms(bank(matcher, "jon")), None))
+    waits.prefer(["one two three four five six"])
+    samples = sound(DIGITS / "00.flac")
+    for at in range(0, len(samples), 1600):
+        for one in (finds, waits):
+            one.add(samples[at : at + 1600])
+        ready = [one for one in (finds, waits) if one.ready]
+        if ready:
+            listen(ready)
+        if waits.first:
+            break
+    assert waits.first  # tokens of the phrase are committed
+    assert finds.preferred.watch is not None
+    finds.preferred.watch.forget()
+    beam = joined([one.place for one in (finds, waits) if one.place is not None]).beam
+    x = torch.zeros(2, 12, matcher_features(matcher))
+    frames, before = Frames(x, torch.ones(2, 12, dtype=torch.bool)), tree.leaves(tree.select(beam, [1]))
+    beam = retrieved([finds, waits], frames, [0, 0], [12, 12], beam)
+    assert finds.preferred.watch.phrases == ("jon",)
+    assert all(torch.equal(a, b) for a, b in zip(before, tree.leaves(tree.select(beam, [1])), strict=True))
+    moved = tree.leaves(tree.select(search.bias(beam, roots([finds, waits], x.device)), [1]))
+    assert not all(torch.equal(a, b) for a, b in zip(before, moved, strict=True))  # which a search would have done
 
 
 def test_a_bank_is_a_sessions_own_and_changes_while_it_is_live(model: Recognizer, matcher: Scripted) -> None:

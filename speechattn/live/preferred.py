@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from speechattn.errors import InputError
 from speechattn.frames import Frames
@@ -31,7 +32,8 @@ class Preferred:
         self, book: Phrases | None, tokenizer: Encodes, *, spaceless: bool = False, terms: Terms | None = None,
         translates: bool = False,
     ) -> None:  # fmt: skip
-        self.book, self.tokenizer, self.spaceless = book, tokenizer, spaceless
+        self.book, self.spaceless = book, spaceless
+        self.tokenizer: Any = tokenizer
         self.watch = None if terms is None else Watch(terms, translates=translates)
         self.root: int | None = None
         self.phrases = () if book is None else book.lines
@@ -43,7 +45,8 @@ class Preferred:
     def _check(self, terms: Sequence[Term]) -> None:
         """InputError for terms that this model cannot say, before they are retrieved."""
         assert self.watch is not None
-        spellable(tuple(map(self.watch.said, terms)), self.tokenizer, self.spaceless)  # type: ignore[arg-type]
+        for term in terms:
+            spellings(self.watch.said(term), self.tokenizer, self.spaceless)
 
     def _book(self) -> Phrases:
         if self.book is None:
@@ -65,8 +68,9 @@ class Preferred:
     def turn(self) -> int | None:
         """Another set: the phrases, and the terms that are retrieved now; the old one's root."""
         book, terms = self._book(), () if self.watch is None else self.watch.phrases
-        found = spelled([*self.phrases, *terms], self.tokenizer, spaceless=self.spaceless)
-        before, self.root = self.root, book.add([s for phrase in found for s in phrase.spellings])
+        wanted = (*self.phrases, *terms)
+        found = [tokens for one in wanted for tokens in spellings(one, self.tokenizer, self.spaceless)]
+        before, self.root = self.root, book.add(found)
         return before
 
     def drop(self, root: int | None) -> None:
@@ -139,7 +143,7 @@ class Preferred:
         return None if self.watch is None else [*self.watch.uses.values()]
 
 
-@lru_cache(maxsize=16)
-def spellable(names: tuple[str, ...], tokenizer: Encodes, spaceless: bool) -> None:
-    """InputError for what the vocabulary cannot spell; for many sessions with the same list it is found once."""
-    spelled(names, tokenizer, spaceless=spaceless)
+@lru_cache(maxsize=1 << 16)
+def spellings(phrase: str, tokenizer: Any, spaceless: bool) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of a phrase, found once for all sessions. InputError for what cannot be spelled."""
+    return spelled([phrase], tokenizer, spaceless=spaceless)[0].spellings

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from speechattn import tree
-from speechattn.cross.soft import Soft, SoftState
+from speechattn.cross.soft import Soft
 from speechattn.decoder.attention import AttentionDecoder, DecoderState
 from speechattn.frames import Frames, Memory
 from speechattn.search.beam import Beam, Prefixes, Search
@@ -20,8 +19,8 @@ from speechattn.search.draft import Draft
 from speechattn.search.leaning import Leaning
 from speechattn.search.looks import Looked, apart, farthest, grown, narrowed
 from speechattn.search.phrases import Phrases
+from speechattn.search.room import kept, packed, tidied, without
 from speechattn.search.speaker import RECENT, Speaker
-from speechattn.stream import Buffer
 from speechattn.tree import node
 
 __all__ = ["AlignedGreedy", "AlignedState"]
@@ -122,7 +121,7 @@ class AlignedGreedy(Search):
             return super().bias(beam, root)
         state = beam.state
         nodes = self.phrases.start(len(beam.frames), 1, root=root)[:, 0].to(state.node.device)
-        return replace(beam, state=replace(state, node=self._walked(nodes, state.told.tolist())))
+        return replace(beam, state=replace(state, node=self._walked(nodes, state.told)))
 
     def step(self, x: Frames, beam: Beam) -> Beam:
         return self.peek(x, x[:0], beam)
@@ -162,8 +161,7 @@ class AlignedGreedy(Search):
         state, rows = beam.state, torch.arange(len(n), device=n.device)
         tokens = torch.cat([state.told, beam.said.tokens[:, 0]], 1)
         told = tokens.gather(1, torch.arange(RECENT, device=n.device) + n[:, None])
-        said = [row[:count] for row, count in zip(beam.said.tokens[:, 0].tolist(), n.tolist(), strict=True)]
-        place = self._walked(state.node, said)
+        place = self._walked(state.node, beam.said.tokens[:, 0], n)
         until = beam.said.ends[rows, 0, (n - 1).clamp(min=0)] - state.origin
         looked = replace(state.looked, first=state.looked.first + n)
         state = replace(
@@ -172,12 +170,13 @@ class AlignedGreedy(Search):
         )  # fmt: skip
         return replace(after, score=after.said.log_probs.sum(2), state=state)
 
-    def _walked(self, nodes: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Where texts that stood at `nodes` [B] among the phrases stand behind these tokens of each."""
+    def _walked(self, nodes: Tensor, tokens: Tensor, n: Tensor | None = None) -> Tensor:
+        """Where texts that stood at `nodes` [B] among the phrases stand behind `tokens` [B, U], or `n` [B] of them."""
         if self.phrases is None:
             return nodes
-        made = [Leaning(self.phrases, at).walked(row) for at, row in zip(nodes.tolist(), tokens, strict=True)]
-        return nodes.new_tensor(made)
+        counts = [tokens.shape[1]] * len(tokens) if n is None else n.tolist()
+        rows = zip(nodes.tolist(), tokens.tolist(), counts, strict=True)
+        return nodes.new_tensor([Leaning(self.phrases, at).walked(row[:count]) for at, row, count in rows])
 
     def select(self, beam: Beam, parents: Tensor) -> Beam:
         return beam  # there is one
@@ -270,25 +269,25 @@ class AlignedGreedy(Search):
     ) -> Tensor:  # fmt: skip
         """Let those who speak go on by what was found [B, U, D] -> how many of the U tokens were read rightly [B]."""
         begins = [not row.tokens and n > 0 for row, n in zip(speakers, done.tolist(), strict=True)]
-        log_probs = self._log_probs(hidden, torch.tensor(begins, device=hidden.device))
-        best, tokens = log_probs.max(-1)
+        scores = self._scores(hidden, torch.tensor(begins, device=hidden.device))
+        total, (best, tokens) = scores.logsumexp(-1), scores.max(-1)
         peaks = number.gather(1, seen.float().mean(1).masked_fill(~sight[:, None], -1.0).argmax(-1))
-        found = zip(*(x.tolist() for x in (tokens, best, tokens == self.eos, peaks)), strict=True)
+        found = zip(*(x.tolist() for x in (tokens, best - total, tokens == self.eos, peaks)), strict=True)
         counts = [
-            row.follow(*each, whole=whole, others=partial(some, of)) if row.speaks else 0
-            for row, each, of in zip(speakers, found, log_probs, strict=True)
+            row.follow(*each, whole=whole, others=partial(some, *of)) if row.speaks else 0
+            for row, each, of in zip(speakers, found, zip(scores, total, strict=True), strict=True)
         ]
         return torch.tensor(counts, device=hidden.device)
 
-    def _log_probs(self, hidden: Tensor, begins: Tensor) -> Tensor:
-        """Of every token behind each [B, U, D]; the first of rows that are `begins` [B] begins a word."""
+    def _scores(self, hidden: Tensor, begins: Tensor) -> Tensor:
+        """Logits [B, U, V] behind each [B, U, D]; the first token of rows that are `begins` [B] begins a word."""
         scores = self.decoder.logits(hidden)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores[:, :, self.never.to(scores.device)] = -torch.inf
         if len(self.never_next) and bool(begins.any()):
             rows = begins.nonzero()
             scores[rows, 0, self.never_next.to(scores.device)] = -torch.inf
-        return scores.sub_(scores.logsumexp(-1, keepdim=True))
+        return scores
 
     def _looked(self, state: AlignedState, new: Tensor, used: Tensor, n: Tensor) -> Looked:
         """The rows of committed tokens, and behind them `n` [B] + 1 of the `new` ones [B, U, N, T] that were used."""
@@ -338,58 +337,6 @@ def in_view(speakers: Sequence[Speaker], number: Tensor) -> Tensor:
     return seen
 
 
-def kept(decoder: DecoderState, n: Tensor) -> DecoderState:
-    """Only the first `n` [B] tokens that were read are there."""
-    mask = decoder.cache[0].past.mask
-    return masked(decoder, mask & (mask.cumsum(1) <= n[:, None]))
-
-
-def without(decoder: DecoderState, there: Tensor) -> DecoderState:
-    """Of the last tokens only those that are `there` [B, U]."""
-    mask = decoder.cache[0].past.mask
-    return masked(decoder, torch.cat([mask[:, : mask.shape[1] - there.shape[1]], there], 1))
-
-
-def masked(decoder: DecoderState, mask: Tensor) -> DecoderState:
-    """With this mask of the tokens [B, N]."""
-    return replace(decoder, cache=tuple(replace(c, past=Buffer(c.past.values, mask)) for c in decoder.cache))
-
-
-def behind(mask: Tensor) -> Tensor | None:
-    """The order [B, N'] that brings what `mask` [B, N] says is there to the end of as little room as that needs.
-
-    None where there is no room to spare.
-    """
-    need, room = int(mask.sum(1).max()), mask.shape[1]
-    return None if need == room else mask.byte().argsort(dim=1, stable=True)[:, room - need :]
-
-
-def tidied(decoder: DecoderState) -> DecoderState:
-    """Without the room of tokens that are not there."""
-    mask = decoder.cache[0].past.mask
-    order = behind(mask)
-    if order is None:
-        return decoder
-    rows = torch.arange(len(order), device=order.device)[:, None]
-    there = mask.gather(1, order)
-    cache = tuple(replace(c, past=Buffer(c.past.values[rows, order], there)) for c in decoder.cache)
-    return replace(decoder, cache=cache)
-
-
-def packed(cross: tuple[Any, ...]) -> tuple[SoftState, ...]:
-    """Without the room of frames that are not there."""
-    order = behind(cross[0].mask)
-    if order is None:
-        return cross
-    rows = torch.arange(len(order), device=order.device)[:, None]
-    there = cross[0].mask.gather(1, order)
-
-    def picked(x: Tensor) -> Tensor:
-        return x.transpose(1, 2)[rows, order].transpose(1, 2)
-
-    return tuple(SoftState(picked(c.key), picked(c.value), there) for c in cross)
-
-
-def some(log_probs: Tensor, at: int, tokens: list[int]) -> list[float]:
-    """The log-probabilities of some tokens, of those [U, V] at each place."""
-    return log_probs[at, tokens].tolist()
+def some(scores: Tensor, total: Tensor, at: int, tokens: list[int]) -> list[float]:
+    """The log-probabilities of some tokens at a place, of logits [U, V] and the logarithms of their sums [U]."""
+    return (scores[at, tokens] - total[at]).tolist()
