@@ -23,6 +23,7 @@ from speechattn.attention.moba import MoBA
 from speechattn.attention.prefill import FlexPrefill, SampleAttention
 from speechattn.attention.quest import Quest
 from speechattn.attention.sparse import SparseSelfAttention
+from speechattn.audio.clip import AudioVisual
 from speechattn.audio.lips import Grey, LipNet
 from speechattn.audio.spectrum import CentredLogMel, KaldiFbank, LogMel
 from speechattn.audio.waves import Conv1d, Mean, WaveResNet
@@ -33,8 +34,10 @@ from speechattn.encoder import (
     layers,
 )  # fmt: skip
 from speechattn.encoder.revising import Revising
+from speechattn.encoder.senses import Altered, Dropped, Ears, Eyes, Fusion, Part, Senses, Sides, Unstack
 from speechattn.frames import Frames
 from speechattn.model.pruning import GatedEncoder, PrunedEncoder, SplitEncoder
+from speechattn.multimodal.speech_llm import Pool
 from speechattn.pretrained.espnet.legacy import Whole
 from speechattn.pretrained.whisper import model as whisper
 from speechattn.pretrained.whisper.features import FrontEnd
@@ -56,13 +59,17 @@ from speechattn.testing import (
 pytestmark = pytest.mark.usefixtures("precise")
 
 
+# These import ESPnet or SimulEval itself.
+OTHERS = ("__main__", "espnet.task", "espnet.encoders", "evaluators.simuleval", "evaluators.simulstream")
+
+
 def subclasses(kind: type) -> set[type]:
     return {kind} | {inner for sub in kind.__subclasses__() for inner in subclasses(sub)}
 
 
 def test_no_stream_is_forgotten() -> None:
     for module in pkgutil.walk_packages(speechattn.__path__, "speechattn."):
-        if not module.name.endswith(("__main__", "espnet.task", "espnet.encoders")):  # these import ESPnet itself
+        if not module.name.endswith(OTHERS):
             importlib.import_module(module.name)
     mine = {kind for kind in subclasses(Stream) if kind.__module__.startswith("speechattn.")}
     assert mine - BASES == {*MAKERS, *ELSEWHERE}
@@ -85,7 +92,10 @@ ELSEWHERE: dict[type, str] = {
     StreamingEncoder: "test_embedded.py", Turning: "test_embedded.py", Floored: "test_embedded.py",
     Letters: "test_embedded.py", OwnTokens: "test_espnet_st.py", Revising: "test_revising.py", Hearing: "test_terms.py",
     Grey: "test_lips.py", LipNet: "test_lips.py", Conv1d: "test_lips.py", Mean: "test_lips.py",
-    WaveResNet: "test_lips.py",
+    WaveResNet: "test_lips.py", AudioVisual: "test_audio_visual.py", Senses: "test_audio_visual.py",
+    Part: "test_audio_visual.py", Dropped: "test_audio_visual.py", Sides: "test_audio_visual.py",
+    Unstack: "test_audio_visual.py", Altered: "test_audio_visual.py", Ears: "test_audio_visual.py",
+    Eyes: "test_audio_visual.py", Fusion: "test_audio_visual.py", Pool: "test_speech_llm.py",
 }  # fmt: skip
 
 

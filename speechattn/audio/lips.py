@@ -23,13 +23,14 @@ Norm = Callable[[int], nn.Module]
 class Grey(Stream):
     """Grey pixels [B, T, H, W] from 0 to 255 (bytes or not), over 255, minus `mean`, over `std`.
 
-    The numbers are those of recipes for LRS2 and LRS3.
+    The numbers are those of recipes for LRS2 and LRS3. With `shrink` each is the mean of so many pixels each way.
     """
 
-    def __init__(self, *, mean: float = 0.421, std: float = 0.165) -> None:
+    def __init__(self, *, mean: float = 0.421, std: float = 0.165, shrink: int = 1) -> None:
         super().__init__()
-        if std <= 0:
-            raise ValueError(f"deviation {std}: wanted a positive number")
+        if std <= 0 or shrink < 1:
+            raise ValueError(f"deviation {std}, shrink {shrink}: wanted positive numbers")
+        self.shrink = shrink
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
 
@@ -37,7 +38,10 @@ class Grey(Stream):
     std: Tensor
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
-        return Frames.of((x.values.to(self.mean.dtype) / 255 - self.mean) / self.std, x.mask), state
+        pixels = x.values.to(self.mean.dtype)
+        if self.shrink > 1:
+            pixels = pixels.unfold(2, self.shrink, self.shrink).unfold(3, self.shrink, self.shrink).mean((-1, -2))
+        return Frames.of((pixels / 255 - self.mean) / self.std, x.mask), state
 
 
 def grouped(channels: int) -> nn.Module:

@@ -15,10 +15,11 @@ from torch import nn
 from speechattn.attention.pattern import Blocks, Span
 from speechattn.decoder.groups import Grouped, Interleaved, Wait
 from speechattn.errors import ModelError
+from speechattn.multimodal.huggingface import Lora
 
 __all__ = ["build", "read_yaml"]
 
-VALUES = (Span, Blocks, Grouped, Interleaved, Wait)  # besides modules
+VALUES = (Span, Blocks, Grouped, Interleaved, Wait, Lora)  # besides modules
 FUNCTIONS = {
     *(f"speechattn.decoder.attention.{name}" for name in ("learned", "sinusoids")),
     *(f"speechattn.cross.expected.{name}" for name in ("doubling", "fused", "matrix", "ratio", "scan", "sequential")),

@@ -20,6 +20,7 @@ from speechattn.frames import Frames
 from speechattn.model.config import build, read_yaml
 from speechattn.model.recognizer import Recognizer
 from speechattn.model.stored import Unfilled, compact, read_weights
+from speechattn.multimodal.speech_llm import SpeechLLM
 from speechattn.pretrained.weights import check
 from speechattn.search.language_model import LanguageModel
 from speechattn.stream import Stream
@@ -87,7 +88,7 @@ def says(head: nn.Module) -> int | None:
     if isinstance(head, Transducer):
         return head.joint.out.out_features
     head = head.decoder if isinstance(head, Segmental) else head
-    return head.vocab if isinstance(head, AttentionDecoder) else None
+    return head.vocab if isinstance(head, AttentionDecoder | SpeechLLM) else None
 
 
 @torch.no_grad()

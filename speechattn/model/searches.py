@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from speechattn.errors import InputError, ModelError
+from speechattn.multimodal.scorer import SpeechLLMScorer
 from speechattn.search import Search
 from speechattn.search.aligned import AlignedGreedy
 from speechattn.search.attention import AttentionScorer
@@ -212,6 +213,22 @@ class ByTurns:
         return Turns(heads["decoder_only"], sos=end, eos=end, never=sorted(tokenizer.special - {end}), most=MOST)
 
 
+class ByLanguageModel:
+    """Label by label with a language model that reads the whole utterance first."""
+
+    needs: tuple[str, ...] = ("llm",)
+
+    def make(self, heads: Any, tokenizer: Pieces, size: int, phrases: Phrases | None) -> Search:
+        """With a reward for each token in a beam of more than one."""
+        end = ending(tokenizer)
+        scorers: list[Any] = [(1.0, SpeechLLMScorer(heads["llm"]))]
+        if size > 1:
+            scorers.append((LENGTH_WEIGHT, LengthBonus(tokenizer.size)))
+        if phrases is not None:
+            scorers.append((1.0, PhraseScorer(phrases)))
+        return JointBeam(scorers, size, eos=end, most=MOST, never=sorted(tokenizer.special - {end}))
+
+
 def ending(tokenizer: Pieces) -> int:
     """The token that ends a text."""
     if tokenizer.end is None:
@@ -220,7 +237,7 @@ def ending(tokenizer: Pieces) -> int:
 
 
 SEARCHES: Mapping[str, Kind] = {
-    "transducer": ByTransducer(), "joint": Jointly(), "monotonic": ByMonotonicHeads(), "segmental": BySegments(),
+    "llm": ByLanguageModel(), "transducer": ByTransducer(), "joint": Jointly(), "monotonic": ByMonotonicHeads(), "segmental": BySegments(),
     "ctc": ByCTC(), "rescored": InTwoPasses(), "triggered": ByTriggers(), "time_synchronous": InTime(),
     "cass_nat": AtOnce(), "attention": ByAttention(), "aligned": ByAlignment(),
     "turns": ByTurns(),

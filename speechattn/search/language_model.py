@@ -145,18 +145,23 @@ class LanguageModelScorer:
 
     def select(self, state: LanguageState, parents: Tensor) -> LanguageState:
         """Hypotheses in another order [B, K']."""
-        rows, beam = state.last.shape
-        which = (parents + beam * torch.arange(rows, device=parents.device)[:, None]).view(-1)
+        read = picked(state.read, parents, state.last.shape[1])
+        return LanguageState(read, state.last.gather(1, parents))
 
-        def picked(leaf: Tensor) -> Tensor:
-            if leaf.dtype == torch.bool:
-                return leaf
-            if not leaf.shape[1]:  # most leaves: nothing waits
-                return leaf.new_empty(rows, 0, parents.shape[1], *leaf.shape[3:])
-            chosen = leaf.transpose(1, 2).flatten(0, 1).index_select(0, which)
-            return chosen.view(*parents.shape, *chosen.shape[1:]).transpose(1, 2)
 
-        return LanguageState(tree.map(picked, state.read), state.last.gather(1, parents))
+def picked(state: Any, parents: Tensor, beam: int) -> Any:
+    """Of leaves [B, N, K, ...] with K = `beam` the hypotheses `parents` [B, K']; masks [B, N] are those of all."""
+    which = (parents + beam * torch.arange(len(parents), device=parents.device)[:, None]).view(-1)
+
+    def pick(leaf: Tensor) -> Tensor:
+        if leaf.dtype == torch.bool:
+            return leaf
+        if not leaf.shape[1]:  # most leaves: nothing waits
+            return leaf.new_empty(len(parents), 0, parents.shape[1], *leaf.shape[3:])
+        chosen = leaf.transpose(1, 2).flatten(0, 1).index_select(0, which)
+        return chosen.view(*parents.shape, *chosen.shape[1:]).transpose(1, 2)
+
+    return tree.map(pick, state)
 
 
 def folded(state: Any, beam: int) -> Any:

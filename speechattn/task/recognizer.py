@@ -111,6 +111,7 @@ class Recognizer(Task):
         """A head that no objective trains stays as it is, and the `frozen` parts."""
         if unknown := [name for name in frozen if name not in self.parts]:
             raise ValueError(f"frozen {', '.join(unknown)}: there are {', '.join(self.parts)}")
+        self.frozen = tuple(frozen)
         for name in frozen:
             self.parts[name].requires_grad_(False)
         told = {head for objective in self.objectives for head in objective.heads}
@@ -119,6 +120,13 @@ class Recognizer(Task):
             self.model.heads[name].requires_grad_(False)
         if idle:
             rank_zero_warn(f"no objective trains the head {', '.join(idle)}: it stays as it is")
+
+    def train(self, mode: bool = True) -> Recognizer:
+        """What is frozen does nothing at random."""
+        super().train(mode)
+        for name in self.frozen:
+            self.parts[name].eval()
+        return self
 
     def init_from(self, path: Path, plugins: Sequence[str] = ()) -> None:
         """Start with the weights of a model folder or a checkpoint, as far as they fit."""
