@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from speechattn.audio import lips
 from speechattn.audio.lips import Grey, LipNet
+from speechattn.audio.lips3d import Conv3d, LipResNet3D
 from speechattn.audio.waves import Conv1d, Mean, WaveResNet
 from speechattn.frames import Frames
-from speechattn.stream import Join, Pair, Residual
+from speechattn.stream import Delay, Join, Pair, Residual, Stream
 from speechattn.testing import check_export, check_stream, measure, needed_delay, oracle, random_frames
 
 
@@ -191,3 +192,50 @@ def test_the_how_to_runs() -> None:
     assert torch.equal(features.values[..., :64], blind.values[..., :64])
     assert features.values[..., 64:].any()
     assert not blind.values[..., 64:].any()
+
+
+@pytest.mark.usefixtures("precise")
+@pytest.mark.parametrize("right", [0, 1])
+def test_convolutions_of_time_are_a_stream(right: int) -> None:
+    net = LipResNet3D(channels=(4, 8), blocks=(1, 2), right=right, activation=nn.Softplus).eval()
+    check_stream(net, random_frames([11, 0, 6], 12, 10), reference=as_one_video)
+    check_export(net, random_frames([9, 6], 12, 10))
+    assert net.plan().latency == (7 if right else 0)
+    assert net.plan().left == (7 if right else 14)
+
+
+def as_one_video(net: LipResNet3D, x: Frames) -> Frames:
+    """Row by row: torch's convolutions over the whole video, zeros before it and, where it looks ahead, behind it."""
+
+    def conv(layer: Conv3d, y: Tensor) -> Tensor:
+        weight, stride = layer.conv.weight, layer.conv.stride
+        edge, ahead = weight.shape[-1] // 2, layer.right
+        padded = F.pad(y, [edge, edge, edge, edge, weight.shape[2] - 1 - ahead, ahead])
+        return F.conv3d(padded[None], weight, stride=stride)[0]
+
+    def norm(layer: Stream, y: Tensor) -> Tensor:
+        for part in layer.f.f:
+            y = part(y.transpose(0, 1)).transpose(0, 1)
+        return y
+
+    outs = []
+    for row in rows(x):
+        if not len(row):
+            outs.append(row.new_zeros(0, 8))
+            continue
+        first, opening, *blocks, _ = net.members
+        y = norm(opening, conv(first, row[None]))
+        for block, after in zip(blocks[::2], blocks[1::2], strict=True):
+            a, b, c, d = block.first.members
+            z = norm(d, conv(c, norm(b, conv(a, y))))
+            skip = y if isinstance(block.second, Delay) else norm(block.second.members[1], conv(block.second.members[0], y))
+            y = norm(after, z + skip)
+        outs.append(y.mean((2, 3)).T)
+    return padded(outs, x.mask)
+
+
+def test_the_published_size_of_three_dimensions() -> None:
+    net = LipResNet3D()
+    assert sum(p.numel() for name, p in net.named_parameters() if p.dim() == 5) == 33_137_856
+    with pytest.raises(ValueError, match="0 or 1"):
+        LipResNet3D(right=2)

@@ -14,8 +14,8 @@ import speechattn
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"errors", "version", "frames", "linear", "tree"}, {"stream"}, {"audio", "attention", "text"}, {"encoder", "cross"},
-    {"decoder"}, {"search"}, {"policy", "terms"}, {"live"}, {"model", "pretrained", "multimodal"},
-    {"analysis", "task", "score", "data", "testing"}, {"cli", "evaluators"},
+    {"decoder"}, {"search"}, {"policy", "terms"}, {"live"}, {"model", "pretrained", "multimodal", "analysis"},
+    {"task", "score", "data", "testing"}, {"cli", "evaluators"},
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 MODULES = sorted((ROOT / "speechattn").rglob("*.py"))

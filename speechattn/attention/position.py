@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from speechattn.attention.pattern import constant
 from speechattn.linear import eager
 
-__all__ = ["Alibi", "Bucketed", "Position", "Relative", "Rotary", "Terms"]
+__all__ = ["Alibi", "Bucketed", "Position", "Relative", "Rotary", "Terms", "turned"]
 
 
 class Terms(NamedTuple):
@@ -199,16 +199,22 @@ class Rotary(Position):
 
     def placed(self, x: Tensor, ids: Tensor) -> Tensor:
         """x [B, H, T, D] turned by places of its own [B, T]: two that are turned like this see how far they differ."""
+        return turned(x, self.angles(ids, x))
+
+    def angles(self, ids: Tensor, like: Tensor) -> Tensor:
+        """How what stands at `ids` [B, T] is `turned`, in the type of `like` [..., D]: [2, B, 1, T, D / 2]."""
         at = ids.to("cpu" if ids.device.type == "mps" else ids.device).double()  # MPS has no float64
-        return self._circled(x, circled(at[:, None], x.shape[-1], self.base).to(x.device, x.dtype))
+        return circled(at[:, None], like.shape[-1], self.base).to(like.device, like.dtype)
 
     def _turned(self, x: Tensor, indices: range) -> Tensor:
-        return self._circled(x, turns(indices, x.shape[-1], self.base, x.dtype, x.device))
+        return turned(x, turns(indices, x.shape[-1], self.base, x.dtype, x.device))
 
-    def _circled(self, x: Tensor, turns: Tensor) -> Tensor:
-        cos, sin = turns
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """x [..., T, D], whose halves turn against each other by cosines and sines [2, ..., T, D / 2]."""
+    cos, sin = turns
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Scalar(Position):
