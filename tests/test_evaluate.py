@@ -364,7 +364,8 @@ def test_one_that_fails_does_not_take_its_batch_along() -> None:
         return [f"{len(sound)}" for sound in sounds]
 
     ears = listening.Ears(fussy, None, 16000)
-    found = listening.hear_offline(ears, {name: np.zeros(n, np.float32) for name, n in (("a", 1), ("b", 2), ("c", 3))})
+    sounds = {name: np.zeros(n, np.float32) for name, n in (("a", 1), ("b", 2), ("c", 3))}
+    found = listening.hear_offline(ears, {name: listening.Sensed(x, 16000, x, None) for name, x in sounds.items()})
     assert [str(text) for text, _ in found.values()] == ["1", "two samples", "3"]
 
 

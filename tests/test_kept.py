@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from training import DIGITS, corpus, part, recipe, written
+from training import DIGITS, LINES, corpus, part, recipe, written
 
 pytest.importorskip("lhotse")
 
 from speechattn.data.batch import Batch, collate
 from speechattn.errors import InputError
+from speechattn.frames import Frames
 from speechattn.model import Recognizer, load_model
 from speechattn.task.checkpoint import read_checkpoint
 from speechattn.task.checkpoint import recipe as further
 from speechattn.task.command import Fit
-from speechattn.task.kept import Kept
+from speechattn.task.kept import Kept, named
 
 
 def batch(*names: str, seconds: tuple[float, ...] = (0.9, 0.5)) -> Batch:
@@ -110,6 +112,22 @@ def test_a_training_leaves_frozen_parts_as_they_are(tmp_path: Path) -> None:
     moved = {name.removeprefix("model.") for name, x in after.items() if not same(start, name, x)}
     assert moved
     assert all(name.startswith("heads.attention.") for name in moved)
+
+
+@pytest.mark.filterwarnings("ignore:no objective trains the head transducer")
+def test_what_is_frozen_does_nothing_at_random(tmp_path: Path) -> None:
+    content = frozen(tmp_path)
+    content["init_from"] = str(DIGITS)
+    parts = read(DIGITS)
+    parts["encoder"]["init_args"]["dropout"] = 0.5
+    content["model"]["init_args"] |= parts
+    fit(tmp_path, content)
+    model, line = load_model(DIGITS), LINES[0]
+    samples, _ = soundfile.read(DIGITS / line["file"], dtype="float32")
+    with torch.no_grad():
+        x = model.listening(Frames(torch.from_numpy(samples)[None], torch.ones(1, len(samples), dtype=torch.bool)))
+    kept = torch.from_numpy(np.load(tmp_path / "frames" / named(f"{line['file'][:2]}-0", False))).float()
+    assert torch.allclose(kept, x.values[0, x.mask[0]], atol=0.02)
 
 
 def read(folder: Path) -> dict[str, Any]:

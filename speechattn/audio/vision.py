@@ -33,6 +33,7 @@ LONGEST_S = 600.0
 MOST_PIXELS = 4096 * 4096
 SLOWEST = 10  # frames a second below which lips cannot be read
 WIDEST_S = Fraction(1, 4)  # between two frames
+LEAD_S = Fraction(2)  # before a stretch, so that no frame of it lacks those that it is told by
 LACKING_S = Fraction(1, 2)  # of what a file announces, before it counts as cut off
 
 Image = NDArray[np.uint8]
@@ -55,14 +56,41 @@ class Video:
     source_rate: Fraction
 
 
-def read_video(path: Path, *, box: Box | None = None, size: int = SIZE, longest_s: float = LONGEST_S) -> Video:
+class Stretch(NamedTuple):
+    """A part of a video: its time `begin_s` + k / `rate` for each k, less than `most` of them."""
+
+    begin_s: Fraction = Fraction(0)
+    most: int | None = None
+    rate: Fraction = Fraction(RATE)
+
+    @property
+    def last_s(self) -> Fraction | None:
+        """The last time."""
+        return None if self.most is None else self.begin_s + (self.most - 1) / self.rate
+
+
+WHOLE = Stretch()
+
+
+class Wanted(NamedTuple):
+    """What is to be read of a video."""
+
+    stretch: Stretch
+    box: Box | None
+    size: int
+    longest_s: float
+
+
+def read_video(
+    path: Path, *, box: Box | None = None, size: int = SIZE, longest_s: float = LONGEST_S, stretch: Stretch = WHOLE
+) -> Video:
     """The mouth in a video, `size` pixels wide and high.
 
     A picture that is `size` pixels wide and high is taken as it is; of all others `box` is the part to be scaled. Other
     rates become 25 by taking the frame that is nearest in time, in exact fractions: every frame lasts until the next
-    one, nothing drifts. Time 0 is where sound or picture begins, whichever is earlier. InputError for a file without
-    video, without frames or times, one that is damaged or cut off (unless the decoder hides it), and for what exceeds
-    the limits.
+    one, nothing drifts. Time 0 is where sound or picture begins, whichever is earlier. Of a `stretch` there are as many
+    as the file has. InputError for a file without video, without frames or times, one that is damaged or cut off
+    (unless the decoder hides it), one that ends before the stretch, and for what exceeds the limits.
     """
     av = pyav()
     if not path.is_file():
@@ -72,20 +100,34 @@ def read_video(path: Path, *, box: Box | None = None, size: int = SIZE, longest_
             stream = picture(path, file)
             rate = Fraction(stream.average_rate or stream.guessed_rate or 0)
             check_rate(path, rate)
-            begins = [start for one in file.streams if (start := starts(one)) is not None]
-            if not begins:
+            began = min(begins(file), default=None)
+            if began is None:
                 raise InputError(f"{path}: a picture, not a video: it tells no times")
-            times, frames = decoded(path, file, stream, min(begins), box, size, longest_s)
-            end = times[-1] + 1 / rate
+            part = Wanted(stretch, box, size, longest_s)
+            place = stretch.begin_s - LEAD_S if stretch.begin_s > LEAD_S else None
+            times, frames = decoded(path, file, stream, began, part, place)
+            if place is not None and (not times or times[0] > stretch.begin_s):  # some formats are not sought exactly
+                with av.open(str(path)) as anew:
+                    times, frames = decoded(path, anew, picture(path, anew), began, part, None)
+            if not frames:
+                raise InputError(f"{path}: a video without frames")
+            end, first = times[-1] + 1 / rate, starts(stream)
+            lasts = end - (times[0] if first is None else first - began)
             announced = announced_s(file, stream)
     except av.error.FFmpegError as error:
         raise InputError(f"{path}: not a video that can be read ({error.strerror})") from error
-    if announced is not None and times[-1] - times[0] + 1 / rate < announced - LACKING_S:
+    enough = stretch.last_s is not None and times[-1] >= stretch.last_s
+    if not enough and announced is not None and lasts < announced - LACKING_S:
         raise InputError(f"{path}: cut off: it announces {float(announced):.1f} s, and {float(end):.1f} s are there")
+    if end <= stretch.begin_s:
+        raise InputError(f"{path}: it ends after {float(end):.2f} s, before second {float(stretch.begin_s):.2f}")
     images: Image = np.stack(frames)
     if images.min() == images.max():
         raise InputError(f"{path}: nothing is to be seen: every pixel of every frame is alike")
-    return Video(images[nearest(times, end, Fraction(RATE))], rate)
+    if stretch.most is not None:
+        wanted = stretch.begin_s + stretch.most / stretch.rate
+        end = wanted if enough else min(end, wanted)
+    return Video(images[nearest(times, end, stretch.rate, stretch.begin_s)], rate)
 
 
 def pyav() -> Any:
@@ -119,6 +161,11 @@ def starts(stream: Any) -> Fraction | None:
     return None if stream.start_time is None else stream.start_time * Fraction(stream.time_base)
 
 
+def begins(file: InputContainer) -> list[Fraction]:
+    """When each stream of a file begins, in seconds, as far as they say."""
+    return [start for one in file.streams if (start := starts(one)) is not None]
+
+
 def announced_s(file: InputContainer, stream: VideoStream) -> Fraction | None:
     """How long the pictures are, by what the file says of itself; None where it says nothing of them."""
     if stream.duration is not None:
@@ -129,13 +176,15 @@ def announced_s(file: InputContainer, stream: VideoStream) -> Fraction | None:
 
 
 def decoded(
-    path: Path, file: InputContainer, stream: VideoStream, began: Fraction, box: Box | None, size: int,
-    longest_s: float,
-) -> tuple[list[Fraction], list[Image]]:  # fmt: skip
-    """Times in seconds since `began`, and the mouth at each [S, S]."""
+    path: Path, file: InputContainer, stream: VideoStream, began: Fraction, wanted: Wanted, seek_s: Fraction | None
+) -> tuple[list[Fraction], list[Image]]:
+    """Times in seconds since `began`, and the mouth at each [S, S]: from the last before the stretch to its end."""
+    begin, last = wanted.stretch.begin_s, wanted.stretch.last_s
+    if seek_s is not None:
+        file.seek(int((began + seek_s) / Fraction(stream.time_base or 1)), stream=stream)
     times: list[Fraction] = []
     frames: list[Image] = []
-    for frame in whole_frames(path, file, stream, times):
+    for frame in whole_frames(path, file, stream, times, sought=seek_s is not None):
         if frame.pts is None or frame.time_base is None:
             raise InputError(f"{path}: frame {len(times)} has no time")
         time = frame.pts * Fraction(frame.time_base) - began
@@ -143,20 +192,30 @@ def decoded(
             raise InputError(f"{path}: damaged: frame {len(times)} is not later than the one before it")
         if times and time > times[-1] + WIDEST_S:
             raise InputError(f"{path}: damaged: no frames between {float(times[-1]):.2f} and {float(time):.2f} s")
-        if time > longest_s:
-            raise InputError(f"{path}: longer than {longest_s:g} s; cut it into utterances")
+        if time > begin + wanted.longest_s:
+            raise InputError(f"{path}: longer than {wanted.longest_s:g} s; cut it into utterances")
+        if time <= begin:
+            times.clear()
+            frames.clear()
         times.append(time)
-        frames.append(mouth(path, frame.to_ndarray(format="gray"), box, size))
-    if not frames:
-        raise InputError(f"{path}: a video without frames")
+        frames.append(mouth(path, frame.to_ndarray(format="gray"), wanted.box, wanted.size))
+        if last is not None and time >= last:
+            break
     return times, frames
 
 
-def whole_frames(path: Path, file: InputContainer, stream: VideoStream, times: Sequence[Fraction]) -> Iterator[Any]:
-    """Frames as they are decoded; InputError says after how many seconds (the last of `times`) they are damaged."""
+def whole_frames(
+    path: Path, file: InputContainer, stream: VideoStream, times: Sequence[Fraction], *, sought: bool
+) -> Iterator[Any]:
+    """Frames as they are decoded; InputError says after how many seconds (the last of `times`) they are damaged.
+
+    The first ones behind a place that was `sought` lack those before them.
+    """
     av = pyav()
     try:
         for frame in file.decode(stream):
+            if frame.is_corrupt and sought and not times:
+                continue
             if frame.is_corrupt:
                 raise InputError(f"{path}: damaged after {float(times[-1] if times else 0):.1f} s")
             yield frame
@@ -184,14 +243,16 @@ def mouth(path: Path, image: Image, box: Box | None, size: int) -> Image:
     return found
 
 
-def nearest(times: Sequence[Fraction], end: Fraction, rate: Fraction) -> list[int]:
-    """For each time k / `rate` up to `end` the frame whose time is nearest, the earlier of two; `times` rise.
+def nearest(
+    times: Sequence[Fraction], end: Fraction, rate: Fraction, begin: Fraction = Fraction(0)
+) -> list[int]:  # fmt: skip
+    """For each time `begin` + k / `rate` up to `end` the frame whose time is nearest, the earlier of two; `times` rise.
 
-    As many as lie in `end` seconds, rounded half up, and at least one.
+    As many as lie between, rounded half up, and at least one.
     """
     found = []
-    for k in range(max(1, floor(end * rate + Fraction(1, 2)))):
-        wanted = k / rate
+    for k in range(max(1, floor((end - begin) * rate + Fraction(1, 2)))):
+        wanted = begin + k / rate
         after = bisect(times, wanted)
         near = [i for i in (after - 1, after) if 0 <= i < len(times)]
         found.append(min(near, key=lambda i: abs(times[i] - wanted)))

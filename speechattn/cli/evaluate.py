@@ -16,6 +16,7 @@ from typing import Any
 from speechattn.cli.options import add_running_options, add_session_options, build_model, build_session, folder
 from speechattn.cli.policies import SETTINGS
 from speechattn.cli.terms import build_terms
+from speechattn.cli.video import sees
 from speechattn.errors import InputError
 from speechattn.live.session import Session
 from speechattn.live.streaming import Streaming
@@ -59,6 +60,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="each with its own model (default 1)")
     parser.add_argument("--batch-seconds", type=float, default=60.0, metavar="S", help="offline batches (default 60)")
     parser.add_argument("--chunk", type=float, default=0.1, metavar="S", help="live sound comes so (default 0.1 s)")
+    parser.add_argument(
+        "--without", choices=("sound", "lips"), help="what a model that sees lips is not given, to see what it is worth"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_running_options(parser.add_argument_group("model"))
     add_session_options(parser)
@@ -128,6 +132,8 @@ def hear(options: argparse.Namespace, utterances: list[Utterance], heard: dict[s
 def ears(options: argparse.Namespace) -> Ears:
     """How the model of the options hears; a module-level function, so that other processes can call it."""
     model = build_model(options)
+    seeing, deaf = sees(options, model), options.without == "sound"
+    size = None if seeing is None or options.without == "lips" else seeing.size
     if isinstance(model, WhisperModel):
         return whisper_ears(options, model)
     streams = model.listening.plan().block is not None
@@ -136,13 +142,15 @@ def ears(options: argparse.Namespace) -> Ears:
         assert isinstance(listener, Streaming)
         search, how = listener.search, listener.settings
         return Ears(
-            WholeUtterances(model, search),
+            WholeUtterances(model, search, deaf=deaf),
             lambda: Session(model, policy=listener.policy, settings=how, search=search, terms=terms),
-            model.sample_rate, options.chunk,
+            model.sample_rate, options.chunk, size, deaf,
         )  # fmt: skip
     given = {"beam_size": options.beam_size} if options.beam_size is not None else {}
     search = model.search(options.search, **given)
-    return Ears(WholeUtterances(model, search), windowed(options, model), model.sample_rate, options.chunk)
+    live = windowed(options, model) if size is None else None  # sessions in windows are given no pictures
+    offline = WholeUtterances(model, search, deaf=deaf)
+    return Ears(offline, live, model.sample_rate, options.chunk, size, deaf)
 
 
 def windowed(options: argparse.Namespace, model: Recognizer) -> Callable[[], Session] | None:

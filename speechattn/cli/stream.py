@@ -12,6 +12,7 @@ from typing import Any
 from speechattn.audio.microphone import listen
 from speechattn.audio.read import open_recording, read_pcm
 from speechattn.audio.resample import HIGHEST_RATE, LOWEST_RATE, Samples
+from speechattn.audio.vision import Image
 from speechattn.cli.display import Display, JsonLines, Plain, Terminal
 from speechattn.cli.options import (
     add_backend_option,
@@ -23,7 +24,9 @@ from speechattn.cli.options import (
     resolved,
 )  # fmt: skip
 from speechattn.cli.terms import tell_terms
+from speechattn.cli.video import add_video_options, pictures
 from speechattn.errors import InputError
+from speechattn.live.lips import beside
 from speechattn.live.session import Session
 
 __all__ = ["LIVE", "add_parser", "add_source_options", "choose_display", "play", "show", "source"]
@@ -41,6 +44,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--format", default=None, choices=tuple(LIVE), help="default live in a terminal, else text")
     parser.add_argument("--fast", action="store_true", help="a recording as fast as it goes")
     add_source_options(parser)
+    add_video_options(parser)
     add_model_options(parser)
     add_backend_option(parser)
     add_session_options(parser)
@@ -63,19 +67,21 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--fast does not go with {options.source}: it belongs to files")
     rate, blocks = source(options, options.source)
     display = choose_display(options.format)
-    session = build_session(options, build_live_model(options), trace=options.trace)
-    return show(options, session, display, rate, blocks, paced=not options.fast)
+    model = build_live_model(options)
+    lips = pictures(options, model, options.source)
+    session = build_session(options, model, trace=options.trace)
+    return show(options, session, display, rate, blocks, paced=not options.fast, lips=lips)
 
 
 def show(
     options: argparse.Namespace, session: Session, display: Display, rate: int, blocks: Iterator[Samples], *,
-    paced: bool,
+    paced: bool, lips: Image | None = None,
 ) -> int:  # fmt: skip
     """Listen until the source ends; Ctrl-C ends a microphone, and interrupts a file. Only a file can be `paced`."""
     print(f"speechattn: {resolved(options, session)}", file=sys.stderr)
     paced = paced and options.source not in ("-", "mic")
     try:
-        play(session, blocks, rate, display, paced=paced)
+        play(session, blocks, rate, display, paced=paced, lips=lips)
     except KeyboardInterrupt:
         if options.source == "mic":
             return 0
@@ -115,20 +121,22 @@ def choose_display(name: str | None) -> Display:
     return LIVE[name or ("live" if sys.stdout.isatty() else "text")]()
 
 
-def play(session: Session, blocks: Iterator[Samples], rate: int, display: Display, *, paced: bool) -> None:
-    """Feed and show; `paced` holds sound back until the moment it would have been spoken.
+def play(
+    session: Session, blocks: Iterator[Samples], rate: int, display: Display, *, paced: bool, lips: Image | None = None
+) -> None:
+    """Feed and show; `paced` holds sound and lips [T, S, S] back until the moment they would have been spoken.
 
     Whatever ends the source, the words that remain are committed and shown.
     """
     began, heard = time.perf_counter(), 0.0
     with display:
         try:
-            for block in blocks:
+            for block, seen in beside(blocks, rate, lips):
                 heard += len(block) / rate
                 if paced:
                     time.sleep(max(0.0, heard - (time.perf_counter() - began)))
                 busy = time.perf_counter()
-                events = session.feed(block, rate)
+                events = session.feed(block, rate, seen)
                 display.show(events, heard, time.perf_counter() - busy)
         finally:
             busy = time.perf_counter()

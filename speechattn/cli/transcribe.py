@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from speechattn.audio.read import open_recording
 from speechattn.audio.resample import Samples
+from speechattn.audio.vision import Image
 from speechattn.cli.display import Written
 from speechattn.cli.options import (
     add_backend_option,
@@ -25,20 +26,22 @@ from speechattn.cli.options import (
 )  # fmt: skip
 from speechattn.cli.stream import play
 from speechattn.cli.terms import tell_terms
+from speechattn.cli.video import add_video_options, pictures, sees
 from speechattn.errors import InputError
 from speechattn.live.formats import FORMATS
 from speechattn.live.session import Session
 
-__all__ = ["add_parser", "places", "recorded", "write_all"]
+__all__ = ["add_parser", "alone", "places", "recorded", "write_all"]
 
 
 def add_parser(commands: Any) -> None:
     """Options of the command."""
     parser = commands.add_parser("transcribe", help="recordings to text or subtitles", allow_abbrev=False)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="WAV, FLAC, OGG, MP3")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="WAV, FLAC, OGG, MP3; with PyAV videos as well")
     parser.add_argument("--format", "--output-format", default="txt", choices=sorted(FORMATS), help="default txt")
     parser.add_argument("--output-dir", "-o", metavar="DIR", help="write DIR/<stem>.<format> (default: print)")
     parser.add_argument("--offline", action="store_true", help="commit whole utterances: slower to appear, no policy")
+    add_video_options(parser)
     add_model_options(parser)
     add_backend_option(parser)
     add_session_options(parser)
@@ -50,11 +53,19 @@ def run(options: argparse.Namespace) -> int:
     """Each file in turn."""
     paths = places(options.files, options.format, options.output_dir)
     model = build_live_model(options)
+    alone(options, options.files)
+    sees(options, model)
 
     def begin() -> Session:
         return build_session(options, model, offline=options.offline, trace=options.trace)
 
-    return write_all(options.files, options.format, paths, begin, recorded)
+    return write_all(options.files, options.format, paths, begin, recorded, partial(pictures, options, model))
+
+
+def alone(options: argparse.Namespace, names: list[str]) -> None:
+    """InputError where a video belongs to several recordings."""
+    if options.video is not None and len(names) > 1:
+        raise InputError(f"--video {options.video}: it belongs to one recording, and {len(names)} are named")
 
 
 def places(names: list[str], kind: str, into: str | None) -> list[Path | None]:
@@ -67,19 +78,21 @@ def places(names: list[str], kind: str, into: str | None) -> list[Path | None]:
 
 def write_all(
     names: list[str], kind: str, paths: list[Path | None], begin: Callable[[], Session],
-    opened: Callable[[str], tuple[int, Iterator[Samples]]],
+    opened: Callable[[str], tuple[int, Iterator[Samples]]], seen: Callable[[str], Image | None],
 ) -> int:  # fmt: skip
-    """Each source in turn as text; one that cannot be read does not stop the others, but the exit code is 2.
+    """Each source in turn as text, with what is `seen` of it.
 
-    What is damaged at the end still leaves what was before it, and so does an interrupt; a microphone ends so.
+    One that cannot be read does not stop the others, but the exit code is 2. What is damaged at the end still leaves
+    what was before it, and so does an interrupt; a microphone ends so.
     """
     failed = []
     for name, path in zip(names, paths, strict=True):
         display, interrupted, session = Written(kind, name, path), False, None
         try:
             rate, blocks = opened(name)
+            lips = seen(name)
             session = begin()
-            play(session, blocks, rate, display, paced=False)
+            play(session, blocks, rate, display, paced=False, lips=lips)
         except InputError as error:
             failed.append(str(error))
         except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from speechattn.audio.resample import Samples
@@ -17,7 +18,8 @@ from speechattn.cli.options import (
     build_session,
 )  # fmt: skip
 from speechattn.cli.stream import LIVE, add_source_options, choose_display, show, source
-from speechattn.cli.transcribe import places, recorded, write_all
+from speechattn.cli.transcribe import alone, places, recorded, write_all
+from speechattn.cli.video import add_video_options, pictures, sees
 from speechattn.errors import InputError
 from speechattn.live.formats import FORMATS
 from speechattn.live.session import Session
@@ -45,6 +47,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--paced", action="store_true", help="a recording at speaking speed (live, text, jsonl)")
     parser.add_argument("--offline", action="store_true", help="commit whole utterances: slower to appear, no policy")
     add_source_options(parser)
+    add_video_options(parser)
     add_model_options(parser, translate=True)
     add_backend_option(parser)
     add_session_options(parser)
@@ -68,6 +71,9 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"{name} does not go with --format {kind}")
     paths = places(options.sources, kind, options.output_dir)
     model = build_live_model(options)
+    alone(options, options.sources)
+    seen = partial(pictures, options, model)
+    sees(options, model)
     if isinstance(model, Recognizer):
         follow(options, model)
 
@@ -78,10 +84,11 @@ def run(options: argparse.Namespace) -> int:
         return source(options, name) if live or endless or wrong(options) else recorded(name)
 
     if not live:
-        return write_all(options.sources, kind, paths, begin, opened)
+        return write_all(options.sources, kind, paths, begin, opened, seen)
     (options.source,) = options.sources
     rate, blocks = opened(options.source)
-    return show(options, begin(), choose_display(kind), rate, blocks, paced=options.paced)
+    lips = seen(options.source)
+    return show(options, begin(), choose_display(kind), rate, blocks, paced=options.paced, lips=lips)
 
 
 def wrong(options: argparse.Namespace) -> bool:

@@ -35,7 +35,8 @@ DECAY = 3 * np.log(10)  # of the amplitude in the time in which the power falls 
 class Augmentation(Protocol):
     """Changes samples [N].
 
-    Law: a pure function of the samples and the generator. Samples become at most `stretch` times as many.
+    Law: a pure function of the samples and the generator. Samples become at most `stretch` times as many, and where
+    their number changes all is slower or faster alike: pictures that go with them are taken so.
     """
 
     stretch: float
@@ -117,24 +118,28 @@ class ColouredNoise:
 class Noise:
     """A random piece of a random recording of `source`, a folder of sound files or a manifest of lhotse.
 
-    The ratio of speech to noise is uniform in decibels; a recording that is too short is repeated.
+    The ratio of speech to noise is uniform in decibels; a recording that is too short is repeated. With several
+    `talkers` it is babble: the sum of as many pieces, all alike loud.
     """
 
     stretch = 1.0
 
     def __init__(
-        self, source: str | Path, *, lowest_db: float = 5.0, highest_db: float = 25.0, p: float = 0.5
+        self, source: str | Path, *, lowest_db: float = 5.0, highest_db: float = 25.0, p: float = 0.5, talkers: int = 1
     ) -> None:  # fmt: skip
-        self.lowest_db, self.highest_db, self.p = lowest_db, highest_db, p
+        if talkers < 1:
+            raise ValueError(f"talkers {talkers}: wanted at least one")
+        self.lowest_db, self.highest_db, self.p, self.talkers = lowest_db, highest_db, p, talkers
         self.paths = sound_files(Path(source))
 
     def __call__(self, samples: Samples, rate: int, generator: np.random.Generator) -> Samples:
         """Samples [N] and noise."""
         chance, ratio = generator.random(), generator.uniform(self.lowest_db, self.highest_db)
-        path, place = self.paths[generator.integers(len(self.paths))], generator.random()
+        drawn = [(self.paths[generator.integers(len(self.paths))], generator.random()) for _ in range(self.talkers)]
         if chance >= self.p:
             return samples
-        return mixed(samples, piece(path, len(samples), rate, place), ratio)
+        pieces = [piece(path, len(samples), rate, place) for path, place in drawn]
+        return mixed(samples, sum((x / max(power(x), 1e-20) ** 0.5 for x in pieces), np.zeros_like(samples)), ratio)
 
 
 class Reverberation:

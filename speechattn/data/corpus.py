@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
+from speechattn.audio.clip import SOUND_RATE
+from speechattn.audio.vision import SIZE, pyav
 from speechattn.data.augment import Augmentation
 from speechattn.data.batch import Batch
 from speechattn.data.cuts import Manifest
@@ -30,7 +32,8 @@ class Corpus(LightningDataModule):
     `train`: cuts manifests; as a mapping, with the number of times each is heard in an epoch. `valid` and `test`:
     manifests, by name if a mapping; theirs are whole, unchanged, longest first. Utterances of `train` that are shorter
     than `shortest_s` or longer than `longest_s` are left out, with a warning; texts pass the text normaliser
-    `normalise` (`speechattn.text.normal`).
+    `normalise` (`speechattn.text.normal`). Where a supervision has `custom.video` its pictures are read as well, of
+    `video_size` pixels each way, and the sound of a batch is a `Clip`; `video=False` leaves them.
 
     Laws: the batches of an epoch are a function of (manifests, seed, epoch) and not of the number of workers; what
     is done to an utterance one of (seed, epoch, its id). In an epoch each utterance is heard once, over all devices,
@@ -44,16 +47,17 @@ class Corpus(LightningDataModule):
         self, train: Sequence[str | Path] | Mapping[str, int] = (), valid: Paths = (), test: Paths = (), *,
         max_seconds: float = 200.0, max_utterances: int | None = None, longest_s: float = 20.0, shortest_s: float = 0.1,
         rate: int = 16000, normalise: str = "none", augment: Sequence[Augmentation] = (), join: Join | None = None,
-        workers: int = 2, seed: int = 0, shares: int | None = None, most_broken: float = 0.05,
+        workers: int = 2, seed: int = 0, shares: int | None = None, most_broken: float = 0.05, video: bool = True,
+        video_size: int = SIZE,
     ) -> None:  # fmt: skip
         super().__init__()
-        if min(workers, seed) < 0 or rate < 1 or max_seconds <= 0:
-            raise ValueError(f"workers {workers}, seed {seed}, rate {rate}, max_seconds {max_seconds:g}: wanted 0 or "
-                             "more, 0 or more, 1 or more, more than 0")  # fmt: skip
+        if min(workers, seed) < 0 or min(rate, video_size) < 1 or max_seconds <= 0:
+            raise ValueError(f"workers {workers}, seed {seed}, rate {rate}, video_size {video_size}, max_seconds "
+                             f"{max_seconds:g}: wanted 0, 0, 1 or 1 or more, more than 0")  # fmt: skip
         self.train_paths, self.valid_paths, self.test_paths = repeated(train), named(valid), named(test)
         self.max_seconds, self.max_utterances = max_seconds, max_utterances
         self.longest_s, self.shortest_s, self.most_broken = longest_s, shortest_s, most_broken
-        self.join = join
+        self.join, self.video, self.video_size = join, video, video_size
         self.rate, self.augment, self.workers, self.seed, self.shares = rate, tuple(augment), workers, seed, shares
         self.normalise = normaliser(normalise)
         self.check: Check | None = None
@@ -89,7 +93,10 @@ class Corpus(LightningDataModule):
             max_utterances=self.max_utterances, seed=self.seed,
         )  # fmt: skip
         limit = int(self.max_seconds * self.rate) * plan.shares // self.world
-        sounds = Sounds(manifest, self.rate, self.normalise, self.augment, self.seed, self.join, limit, self.check)
+        sounds = Sounds(
+            manifest, self.rate, self.normalise, self.augment, self.seed, self.join, limit, self.check,
+            self.pixels(manifest, self.join),
+        )  # fmt: skip
         return self.loader(sounds, plan, done=progress(self.trainer, len(plan)))
 
     def val_dataloader(self) -> list[Loader[Batch]]:
@@ -105,7 +112,18 @@ class Corpus(LightningDataModule):
         manifest = self.checked(Manifest.read([path]), path)
         seconds = max(self.max_seconds, float(manifest.durations_s.max(initial=0)))
         plan = Plan(manifest.durations_s, seconds, shares=self.world, max_utterances=self.max_utterances, seed=None)
-        return self.loader(Sounds(manifest, self.rate, self.normalise), plan)
+        return self.loader(Sounds(manifest, self.rate, self.normalise, video_size=self.pixels(manifest)), plan)
+
+    def pixels(self, manifest: Manifest, join: Join | None = None) -> int | None:
+        """How large pictures are wanted; None for none. InputError where they cannot be had."""
+        if not (self.video and manifest.filmed):
+            return None
+        if self.rate != SOUND_RATE:
+            raise InputError(f"rate {self.rate}: pictures go with {SOUND_RATE} Hz; `video: false` leaves them")
+        if join is not None:
+            raise InputError("join: not with pictures, which do not begin at any sample; `video: false` leaves them")
+        pyav()
+        return self.video_size
 
     def checked(self, manifest: Manifest, path: Path) -> Manifest:
         """Those whose texts the task can use, asked before the training begins; a warning names the others."""

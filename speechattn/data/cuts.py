@@ -7,28 +7,33 @@ import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from speechattn.audio.clip import EVERY
 from speechattn.audio.resample import Resampler, Samples, to_mono
+from speechattn.audio.vision import RATE, Image, Stretch, read_video
 from speechattn.data.shar import fill, read_shar
 from speechattn.errors import InputError
 
-__all__ = ["Manifest", "Utterance", "load_sound", "utterance"]
+__all__ = ["Manifest", "Utterance", "load_lips", "load_sound", "utterance"]
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """What a manifest says about one cut; `cut` is lhotse's."""
+    """What a manifest says about one cut; `cut` is lhotse's, `video` shows its recording and begins with it."""
 
     id: str
     text: str
     translation: str | None
     duration_s: float
     cut: Any
+    video: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Manifest:
     """Cuts as the lines of their files: one block of bytes, which worker processes share and never copy.
 
     Row i lies at `starts[i]` to `starts[i + 1]` of `lines`; `folder_of[i]` is the number of its folder, which paths of
-    recordings are relative to.
+    recordings are relative to. `filmed`: one of them has a video.
     """
 
     lines: NDArray[np.uint8]
@@ -44,6 +49,7 @@ class Manifest:
     durations_s: NDArray[np.float64]
     folder_of: NDArray[np.int32]
     folders: tuple[Path, ...]
+    filmed: bool = False
 
     def __len__(self) -> int:
         return len(self.durations_s)
@@ -64,7 +70,7 @@ class Manifest:
         pieces = [self.lines[self.starts[i] : self.starts[i + 1]] for i in rows]
         return Manifest(
             np.concatenate([np.zeros(0, np.uint8), *pieces]), np.cumsum([0, *map(len, pieces)]),
-            self.durations_s[rows], self.folder_of[rows], self.folders,
+            self.durations_s[rows], self.folder_of[rows], self.folders, self.filmed,
         )  # fmt: skip
 
     @classmethod
@@ -77,6 +83,7 @@ class Manifest:
         durations: list[float] = []
         folder_of: list[int] = []
         seen: set[str] = set()
+        filmed = False
         for number, path in enumerate(paths):
             times = (repeats or [1] * len(paths))[number]
             for line, row, seconds in read_cuts(path):
@@ -84,6 +91,7 @@ class Manifest:
                 if name in seen:
                     raise InputError(f"{path}: the cut {name} is there twice; ids must differ over all manifests")
                 seen.add(name)
+                filmed = filmed or shown(row)
                 lines += [line, *(json.dumps({**row, "id": f"{name}#{n}"}).encode() for n in range(2, times + 1))][
                     :times
                 ]
@@ -91,7 +99,7 @@ class Manifest:
                 folder_of += [number] * times
         return cls(
             np.frombuffer(b"".join(lines), np.uint8), np.cumsum([0, *map(len, lines)]), np.array(durations, np.float64),
-            np.array(folder_of, np.int32), tuple(path.parent.resolve() for path in paths),
+            np.array(folder_of, np.int32), tuple(path.parent.resolve() for path in paths), filmed,
         )  # fmt: skip
 
 
@@ -128,6 +136,12 @@ def read_cuts(path: Path) -> Iterable[tuple[bytes, dict[str, Any], float]]:
                       f"{', ...' if len(odd) > 5 else ''}", stacklevel=2)  # fmt: skip
 
 
+def shown(row: dict[str, Any]) -> bool:
+    """Whether a cut has a video."""
+    cuts = [track.get("cut") or {} for track in row["tracks"]] if "tracks" in row else [row]
+    return any("video" in (said.get("custom") or {}) for cut in cuts for said in cut.get("supervisions") or ())
+
+
 def row_seconds(row: dict[str, Any]) -> float:
     """How long a cut is."""
     if "duration" in row:
@@ -150,12 +164,14 @@ def of_cut(cut: Any, folder: Path | None = None) -> Utterance:
         cut = cut.with_recording_path_prefix(folder)
     said = sorted(cut.supervisions, key=lambda supervision: supervision.start)
     translations = [(supervision.custom or {}).get("translation") for supervision in said]
+    videos = [supervision.custom["video"] for supervision in said if "video" in (supervision.custom or {})]
     return Utterance(
         id=cut.id,
         text=" ".join(supervision.text or "" for supervision in said),
         translation=" ".join(map(str, translations)) if translations and None not in translations else None,
         duration_s=float(cut.duration),
         cut=cut,
+        video=(folder or Path()) / str(videos[0]) if videos else None,
     )
 
 
@@ -174,3 +190,21 @@ def load_sound(utterance: Utterance, rate: int) -> Samples:
     if not len(x):
         raise InputError("holds no samples")
     return Resampler(utterance.cut.sampling_rate, rate).feed(x, last=True)
+
+
+def load_lips(utterance: Utterance, samples: int, *, size: int, pace: Fraction = Fraction(1)) -> Image | None:
+    """Pictures [T, size, size] of so many samples at 16 kHz, one for each 640, as far as the video goes; None without.
+
+    The sound was made `pace` times as long, and they follow it. InputError when they cannot be had.
+    """
+    if utterance.video is None:
+        return None
+    cut = utterance.cut
+    if hasattr(cut, "tracks"):
+        raise InputError("no pictures are read for a cut that is mixed of several: train with `video: false`")
+    changes = {change["name"] if isinstance(change, dict) else type(change).__name__
+               for change in cut.recording.transforms or ()}  # fmt: skip
+    if paces := sorted(changes & {"Speed", "Tempo"}):
+        raise InputError(f"the manifest changes the pace of the sound ({', '.join(paces)}), not that of the video")
+    begin = Fraction(round(cut.start * cut.sampling_rate), cut.sampling_rate)
+    return read_video(utterance.video, size=size, stretch=Stretch(begin, ceil(samples / EVERY), RATE * pace)).frames

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -14,9 +15,10 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from speechattn.audio.resample import Samples
+from speechattn.audio.vision import Image
 from speechattn.data.augment import Augmentation, augmented, lots
 from speechattn.data.batch import Batch, collate
-from speechattn.data.cuts import Manifest, Utterance, load_sound
+from speechattn.data.cuts import Manifest, Utterance, load_lips, load_sound
 from speechattn.data.join import Join
 from speechattn.data.plan import Indices, Plan
 from speechattn.errors import InputError
@@ -57,7 +59,10 @@ class Source(Protocol[B]):
 
 @dataclass(frozen=True)
 class Sounds:
-    """Cuts of a manifest as samples at `rate` and texts; augmented by lots of (seed, epoch, id) alone."""
+    """Cuts of a manifest as samples at `rate` and texts; augmented by lots of (seed, epoch, id) alone.
+
+    With `video_size` their pictures as well, where they have any, of so many pixels each way: `rate` is 16 kHz then.
+    """
 
     manifest: Manifest
     rate: int
@@ -67,15 +72,19 @@ class Sounds:
     join: Join | None = None
     limit: int = 0  # samples of a padded batch: `join` makes none that is larger
     check: Check | None = None
+    video_size: int | None = None
 
-    def load(self, row: int, epoch: int) -> tuple[Samples, Utterance] | Broken:
-        """Samples [N] and what the manifest says."""
+    def load(self, row: int, epoch: int) -> tuple[Samples, Utterance, Image | None] | Broken:
+        """Samples [N], what the manifest says, and pictures [T, S, S]."""
         try:
             utterance = self.manifest[row]
             if self.check is not None:
                 self.check(self.normalise(utterance.text), self.translation(utterance))
             x = load_sound(utterance, self.rate)
-            return augmented(x, self.rate, self.augment, key=(self.seed, epoch, utterance.id)), utterance
+            y = augmented(x, self.rate, self.augment, key=(self.seed, epoch, utterance.id))
+            if self.video_size is None:
+                return y, utterance, None
+            return y, utterance, load_lips(utterance, len(y), size=self.video_size, pace=Fraction(len(y), len(x)))
         except InputError as error:
             return Broken(self.manifest.row(row)["id"], str(error))
 
@@ -91,12 +100,13 @@ class Sounds:
         if not whole:
             silence = np.zeros(self.rate, np.float32)
             return collate([silence], texts=[""], translations=[""], ids=[SILENCE], rate=self.rate), broken
+        heard, lips = [(x, utterance) for x, utterance, _ in whole], [images for _, _, images in whole]
         if self.join is not None:
-            generator = lots(self.seed, epoch, f"join {whole[0][1].id}")
-            whole = self.join(whole, self.rate, limit=self.limit, generator=generator)
-        utterances = [utterance for _, utterance in whole]
+            generator = lots(self.seed, epoch, f"join {heard[0][1].id}")
+            heard, lips = self.join(heard, self.rate, limit=self.limit, generator=generator), []
+        utterances = [utterance for _, utterance in heard]
         batch = collate(
-            [x for x, _ in whole], rate=self.rate,
+            [x for x, _ in heard], rate=self.rate, lips=lips,
             texts=[self.normalise(u.text) for u in utterances], ids=[u.id for u in utterances],
             translations=[self.translation(u) for u in utterances],
         )  # fmt: skip

@@ -64,13 +64,13 @@ class Pool:
         self.sessions[self.opened] = session
         return self.opened
 
-    def feed(self, slot: int, samples: object, rate: int) -> None:
-        """More sound for a slot, as `Session.feed` takes it. InputError when too much waits already."""
+    def feed(self, slot: int, samples: object, rate: int, lips: object = None) -> None:
+        """More sound for a slot, and pictures, as `Session.feed` takes them. InputError when too much waits already."""
         session = self._session(slot)
         one = self._listener(session)
         if len(one.waiting) > BACKLOG_S * self.model.sample_rate:
             raise InputError(f"slot {slot}: more than {BACKLOG_S:g} s of sound wait; step the pool, or feed slower")
-        one.add(session.resampled(samples, rate))
+        one.add(session.sensed(samples, rate, lips))
 
     def prefer(self, slot: int, phrases: Sequence[str]) -> None:
         """As `Session.prefer`."""

@@ -13,7 +13,8 @@ from torch import nn
 
 from speechattn.attention.attend import BACKENDS
 from speechattn.attention.self_attention import set_backend, unable
-from speechattn.audio.resample import Resampler, to_mono
+from speechattn.audio.clip import EVERY
+from speechattn.audio.resample import Resampler, Samples, to_mono
 from speechattn.audio.vad import VoiceActivity
 from speechattn.errors import InputError
 from speechattn.live.endings import StreamSettings
@@ -76,10 +77,11 @@ def modules(model: StreamModel | WindowModel) -> list[nn.Module]:
 
 
 class Session:
-    """Feed sound, get events.
+    """Feed sound, and pictures of lips to a model that sees them; get events.
 
-    Laws: committed text only grows; the events do not depend on how the sound was cut into pieces; memory and the
-    time of a step are bounded, however long the stream is; `finish` commits everything that is not a loop.
+    Laws: committed text only grows; the events do not depend on how the sound was cut into pieces, nor the pictures
+    that are there in time; memory and the time of a step are bounded, however long the stream is; `finish` commits
+    everything that is not a loop.
 
     What else is given (`policy`, `settings`, `vad`, `search`, `terms`) goes to the `listener` that the model needs.
     With `trace` every step that has a draft is an event, and says why it committed no more; the text is the same. With
@@ -112,12 +114,35 @@ class Session:
         """Seconds of sound that were heard."""
         return self.listener.heard / self.model.sample_rate
 
-    def feed(self, samples: object, rate: int) -> list[Event]:
+    @property
+    def late(self) -> int:
+        """Pictures that came when the sound of their time had been heard, so that nobody saw them."""
+        lips = self.listener.lips if isinstance(self.listener, Streaming) else None
+        return 0 if lips is None else lips.late
+
+    def feed(self, samples: object, rate: int, lips: object = None) -> list[Event]:
         """`samples` [n] or [n, channels] at `rate` Hz, float or integer, of any length -> what they led to.
 
-        InputError for samples that are none, for another rate than before, and after `finish`.
+        A model that sees lips may be given the next pictures [m, size, size], bytes, 25 a second, before their sound or
+        with it; without sound (`samples` None) they last as long as they are. InputError for samples or pictures that
+        are none, for pictures that the model cannot see, for another rate than before, and after `finish`.
         """
-        return self._drive(self.listener.hear(self.resampled(samples, rate)))
+        return self._drive(self.listener.hear(self.sensed(samples, rate, lips)))
+
+    def sensed(self, samples: object, rate: int, lips: object) -> Samples:
+        """Samples as the model wants them, NaN where there are none; the listener has the pictures."""
+        if self.closed:
+            raise InputError("this session is finished; start another one")
+        if lips is not None:
+            if not isinstance(self.listener, Streaming):
+                raise InputError("this model reads windows of sound: pictures are for one that streams")
+            self.listener.see(lips)
+        if samples is not None:
+            return self.resampled(samples, rate)
+        if lips is None:
+            raise InputError("neither samples nor pictures: wanted one of them")
+        rest, self.resampler = self.held(), None
+        return np.concatenate([rest, np.full(EVERY * len(np.asarray(lips)), np.nan, np.float32)])
 
     def finish(self) -> list[Event]:
         """No more sound: commit everything that remains. A second call does nothing."""
@@ -129,19 +154,21 @@ class Session:
         finally:
             self.close()
 
-    def resampled(self, samples: object, rate: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    def resampled(self, samples: object, rate: int) -> Samples:
         """Samples as the model wants them, as far as the resampler gives them already."""
-        if self.closed:
-            raise InputError("this session is finished; start another one")
         if self.resampler is None:
             self.resampler = Resampler(rate, self.model.sample_rate)
         elif rate != self.resampler.rate:
             raise InputError(f"sample rate {rate} Hz after {self.resampler.rate} Hz in the same session")
         return self.resampler.feed(to_mono(samples))
 
-    def rest(self) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    def rest(self) -> Samples:
         """What the resampler still holds; no more sound may come."""
         self.closed = True
+        return self.held()
+
+    def held(self) -> Samples:
+        """What the resampler still holds; it is spent."""
         nothing = np.zeros(0, np.float32)
         return nothing if self.resampler is None else self.resampler.feed(nothing, last=True)
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from speechattn import tree
+from speechattn.audio.clip import EVERY, Clip, eyes
 from speechattn.audio.resample import Samples
 from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.live.endings import Glimpse, Limits, StreamSettings
 from speechattn.live.events import Trace, Word
 from speechattn.live.heard import SourceWords, nothing_said, room_left, shown
+from speechattn.live.lips import Pictures
 from speechattn.live.listener import Decision, StreamModel
 from speechattn.live.preferred import Preferred
 from speechattn.live.rows import Place, Row, Rows, joined
@@ -56,7 +58,9 @@ class Streaming:
         if plan.block is None:
             raise InputError("the encoder of this model needs the whole utterance: it cannot listen live")
         self.block, self.latency = plan.block, plan.latency
-        self.waiting: Samples = np.zeros(0, np.float32)
+        seeing = eyes(model.listening)
+        self.lips = None if seeing is None else Pictures(seeing.size)
+        self.waiting: Samples = np.zeros(0, np.float32)  # NaN where no sound is there
         self.silent = 0  # invalid samples at the end of what waits
         self.heard = self.first = 0  # samples; tokens that were committed
         self.begun = 0  # frames of the stream before the search began
@@ -89,8 +93,17 @@ class Streaming:
         """More sound [n]."""
         self.waiting = np.concatenate([self.waiting, samples])
 
+    def see(self, lips: object) -> None:
+        """More pictures [n, H, W], which wait for their sound. InputError for a model that sees none."""
+        if self.lips is None:
+            raise InputError("this model sees no lips: it takes sound alone")
+        self.lips.add(lips)
+
     def end(self) -> None:
         """No more sound: what pushes the last frames out of the encoder follows."""
+        if self.lips is not None:
+            deaf = EVERY * self.lips.count - self.heard - len(self.waiting)
+            self.add(np.full(max(0, deaf), np.nan, np.float32))
         n = self.heard + len(self.waiting)
         total = ceil((n + self.latency) / self.block) * self.block if n else 0
         self.silent = total - n
@@ -101,8 +114,13 @@ class Streaming:
         missing = self.block - len(samples)
         self.silent -= missing
         self.heard += len(samples)
-        values = self.model.sound(np.pad(samples, [0, missing]))
-        return Frames(values, torch.arange(self.block, device=values.device)[None] < len(samples))
+        samples = np.pad(samples, [0, missing], constant_values=np.nan)
+        there = ~np.isnan(samples)
+        values = self.model.sound(np.where(there, samples, np.float32(0)))
+        mask = torch.from_numpy(there)[None].to(values.device)
+        if self.lips is None:
+            return Frames(values, mask)
+        return Clip(values, mask, tree.map(lambda x: x.to(values.device), self.lips.take(self.block // EVERY)))
 
     def hear(self, samples: Samples) -> Iterator[Decision | None]:
         """More sound: every whole block is a step."""
@@ -219,7 +237,7 @@ def listen(listeners: Sequence[Streaming]) -> list[list[Decision]]:
     model = listeners[0].model
     sound = [one.take() for one in listeners]
     row = joined([one.place or Place(Rows(begin(one, x), 1), 0) for one, x in zip(listeners, sound, strict=True)])
-    x = Frames(torch.cat([x.values for x in sound]), torch.cat([x.mask for x in sound]))
+    x = tree.concat(sound)
     frames, stream = model.listening.step(x, row.stream)
     decisions = [list[Decision]() for _ in listeners]
     row = replace(search_on(listeners, frames, model.listening.ahead(stream), row, decisions), stream=stream)

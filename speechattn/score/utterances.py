@@ -7,15 +7,18 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite
+from fractions import Fraction
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import soundfile
 
+from speechattn.audio.clip import EVERY
 from speechattn.audio.read import open_recording
 from speechattn.audio.resample import Samples
+from speechattn.audio.vision import Image, Stretch, read_video
 from speechattn.data import cuts
 from speechattn.errors import InputError
 
@@ -28,14 +31,18 @@ class Sound(Protocol):
     def read(self) -> tuple[Samples, int]:
         """Mono samples [N] and their rate; InputError when they cannot be had."""
 
+    def lips(self, samples: int, size: int) -> Image | None:
+        """Pictures [T, size, size] of so many samples at 16 kHz; None where it has none, InputError as for `read`."""
+
 
 @dataclass(frozen=True)
 class FileSound:
-    """An audio file; `duration_s` seconds of it from `offset_s`, or all."""
+    """An audio file, and a video that begins with it; `duration_s` seconds of both from `offset_s`, or all."""
 
     path: Path
     offset_s: float = 0.0
     duration_s: float | None = None
+    video: Path | None = None
 
     def read(self) -> tuple[Samples, int]:
         """As `Recording` reads it, so that what is damaged or cut off is an error."""
@@ -49,6 +56,13 @@ class FileSound:
             )
         return samples[first:last], recording.rate
 
+    def lips(self, samples: int, size: int) -> Image | None:
+        """Of the same time."""
+        if self.video is None:
+            return None
+        stretch = Stretch(Fraction(str(self.offset_s)), ceil(samples / EVERY))
+        return read_video(self.video, size=size, stretch=stretch).frames
+
 
 @dataclass(frozen=True)
 class CutSound:
@@ -61,6 +75,13 @@ class CutSound:
         rate = int(self.said.cut.sampling_rate)
         try:
             return cuts.load_sound(self.said, rate), rate
+        except InputError as error:
+            raise InputError(f"{self.said.id}: {error}") from error
+
+    def lips(self, samples: int, size: int) -> Image | None:
+        """As in training."""
+        try:
+            return cuts.load_lips(self.said, samples, size=size)
         except InputError as error:
             raise InputError(f"{self.said.id}: {error}") from error
 
@@ -79,7 +100,7 @@ class Utterance:
 
 def read_utterances(path: Path) -> list[Utterance]:
     """Cuts of lhotse (`NAME_cuts_SPLIT.jsonl.gz`), or JSONL of {audio, text} and, if need be, {id, speaker,
-    translation, offset, duration}; relative paths begin at the manifest's folder.
+    translation, offset, duration, video}; relative paths begin at the manifest's folder.
 
     InputError names the line that is neither, and ids that are there twice.
     """
@@ -141,7 +162,8 @@ def of_row(row: dict[str, Any], folder: Path, where: str) -> Utterance:
     offset = float(row.get("offset") or 0)
     if not (isfinite(offset) and offset >= 0 and isfinite(duration or 0) and (duration or 0) >= 0):
         raise InputError(f"{where}: offset {offset} and duration {duration} are no place in a recording")
-    sound = FileSound(path, offset, duration if piece else None)
+    video = row.get("video")
+    sound = FileSound(path, offset, duration if piece else None, None if video is None else folder / str(video))
     speaker, translation = row.get("speaker"), row.get("translation")
     return Utterance(
         str(row.get("id", audio)), text, seconds(path) if duration is None else duration, sound,

@@ -42,7 +42,7 @@ NOISE = ("💡 Tip", "TPU available", "HPU available", "Found current_model_stat
 NOISY = (
     "LightningCLI's args parameter", ".*does not have many workers", ".*treespec",
     ".*smaller than the logging interval", "Grad strides do not match bucket view",
-    "Checkpoint directory .* exists and is not empty",
+    "Checkpoint directory .* exists and is not empty", "Found .* in eval mode",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speechattn.audio.clip import Clip
 from speechattn.data.batch import Batch
 from speechattn.errors import InputError
 from speechattn.frames import Frames
@@ -68,23 +69,25 @@ class Kept:
         """What the encoder says of the utterances; the features are not made again, and are empty."""
         if not self.marked:
             self.mark()
-        paths = [self.folder / name for name in map(named, batch.ids)]
+        sound = batch.sound
+        seen = sound.lips.mask.any(1).tolist() if isinstance(sound, Clip) else [False] * len(batch)
+        paths = [self.folder / named(name, pictures) for name, pictures in zip(batch.ids, seen, strict=True)]
         if any(not path.exists() for path in paths):
             with torch.no_grad():
-                frames = self.model.listening(batch.sound)
+                frames = self.model.listening(sound)
             for path, x, there in zip(paths, frames.values, frames.mask, strict=True):
                 write(path, x[there])
         rows = [torch.from_numpy(np.load(path)) for path in paths]
-        sound, like = batch.sound, next(self.model.encoder.parameters())
+        like = next(self.model.encoder.parameters())
         values = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(like)
         lengths = torch.tensor([len(row) for row in rows], device=like.device)
         mask = torch.arange(values.shape[1], device=like.device) < lengths[:, None]
         return Heard(sound, Frames(sound.values[:, :0, None], sound.mask[:, :0]), Frames(values, mask))
 
 
-def named(name: str) -> str:
-    """The file of an utterance."""
-    return f"{hashlib.sha256(AGAIN.sub('', name).encode()).hexdigest()[:32]}.npy"
+def named(name: str, pictures: bool) -> str:
+    """The file of an utterance, which is another one with its pictures."""
+    return f"{hashlib.sha256(AGAIN.sub('', name).encode()).hexdigest()[:32]}{'-lips' if pictures else ''}.npy"
 
 
 def write(path: Path, x: Tensor) -> None:

@@ -113,7 +113,7 @@ class Recognizer(Task):
             raise ValueError(f"frozen {', '.join(unknown)}: there are {', '.join(self.parts)}")
         self.frozen = tuple(frozen)
         for name in frozen:
-            self.parts[name].requires_grad_(False)
+            self.parts[name].requires_grad_(False).eval()
         told = {head for objective in self.objectives for head in objective.heads}
         idle = [name for name in self.model.heads if name not in told]
         for name in idle:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import exp
+from math import exp, lcm
 from typing import Any, Protocol
 
 import jiwer
 import numpy as np
 import torch
 
+from speechattn.audio.clip import EVERY, Clip
 from speechattn.frames import Frames
 from speechattn.score.metrics import BLEU, ChrF, Metric
 from speechattn.score.significance import Array
@@ -130,7 +131,8 @@ def streamed(listening: Stream, search: Search, sound: Frames, *, least: int = 3
     """What a search says of `sound` [B, N] heard in blocks of at least so many samples, as a live session would."""
     plan = listening.plan()
     assert plan.block is not None
-    size = -(-least // plan.block) * plan.block
+    block = lcm(plan.block, EVERY) if isinstance(sound, Clip) else plan.block
+    size = -(-least // block) * block
     whole = flush(sound, listening)
     state, beam = listening.init_state(whole), None
     for at in range(0, whole.mask.shape[1], size):

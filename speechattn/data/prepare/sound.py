@@ -15,7 +15,7 @@ from typing import IO, Literal, TypeAlias
 import numpy as np
 import soundfile
 
-from speechattn.audio.read import open_recording
+from speechattn.audio.read import Contained, open_recording
 from speechattn.audio.resample import Resampler, Samples, to_mono
 from speechattn.errors import InputError
 
@@ -51,8 +51,10 @@ class Placed:
 
 def in_place(path: Path, start_s: float, duration_s: float | None) -> Placed | None:
     """The part of a 16 kHz mono file in WAV, FLAC or Ogg; None for other files, InputError for broken ones."""
-    open_recording(path)
+    recording = open_recording(path)
     check_size(path)
+    if isinstance(recording, Contained):
+        return None
     info = soundfile.info(str(path))
     if (info.samplerate, info.channels) != (RATE, 1) or info.format not in SEEKABLE:
         return None
