@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from speechattn.audio.vision import Box
 from speechattn.data.prepare.manifests import manifest_path, prepared
 from speechattn.data.prepare.sound import AUDIO_FORMATS
 from speechattn.data.prepare.transcripts import read_lines
@@ -18,7 +19,7 @@ def add_parser(commands: Any) -> None:
     """One command for each corpus."""
     parser = commands.add_parser("prepare", help="corpora as sounds and manifests", allow_abbrev=False)
     corpora = parser.add_subparsers(dest="corpus", metavar="CORPUS", required=True)
-    for add in (add_fotaq, add_tuxpaint, add_librispeech, add_must_c, add_folder, add_synthetic, add_avsynth):
+    for add in (add_fotaq, add_tuxpaint, add_librispeech, add_must_c, add_folder, add_synthetic, add_avsynth, add_lrs3):
         add(corpora)
 
 
@@ -244,6 +245,48 @@ def run_avsynth(options: argparse.Namespace) -> int:
         takes=options.takes, jobs=options.jobs, audio_format=options.audio_format, noise=noise,
     )  # fmt: skip
     report(options.folder, options.name, options.split)
+    return 0
+
+
+def add_lrs3(corpora: Any) -> None:
+    """Options of `prepare lrs3`."""
+    told = "LRS3-TED: faces and sound of talks, from a local copy, as published or as auto_avsr's preparation leaves it"
+    parser = add_corpus(corpora, "lrs3", told)
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="the folder that holds pretrain, trainval and test")
+    parser.add_argument("--split", required=True, choices=("pretrain", "trainval", "test"), help="the part")
+    parser.add_argument(
+        "--box", type=box, metavar="L,T,W,H",
+        help="where mouths are in the pictures, in pixels, the same for all: rough (default 56,56,112,112)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--longest-s", type=float, default=16.0, metavar="S", help="longer clips are cut between words (default 16)"
+    )
+    parser.add_argument("--valid-talks", type=int, default=0, metavar="N", help="the last N talks become a part valid")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="clips made at a time (default 1)")
+    add_target(parser)
+    parser.set_defaults(run=run_lrs3)
+
+
+def box(text: str) -> Box:
+    """Four numbers between commas."""
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text}: wanted left, top, width and height: 56,56,112,112")
+    return Box(*map(int, numbers))
+
+
+def run_lrs3(options: argparse.Namespace) -> int:
+    """Write one part, or two."""
+    from speechattn.data.prepare import lrs3
+
+    if options.jobs < 1:
+        raise InputError("--jobs: at least 1")
+    names = lrs3.prepare(
+        options.source, options.folder, options.split, box=options.box, longest_s=options.longest_s,
+        valid_talks=options.valid_talks, jobs=options.jobs, audio_format=options.audio_format,
+    )  # fmt: skip
+    for name in names:
+        report(options.folder, "lrs3", name)
     return 0
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from speechattn.attention.position import Rotary
 from speechattn.attention.softmax import fused
 from speechattn.decoder.groups import Grouped, Positions, Schedule, group_ids, group_mask, reads
+from speechattn.decoder.in_turns import text_losses
 from speechattn.encoder.layers import FeedForward
 from speechattn.frames import Frames
 from speechattn.linear import dropped, run
@@ -85,6 +85,8 @@ class DecoderOnly(nn.Module):
     Law: for any order of reads and writes, `read` and `write` give what `forward` gives in one masked pass.
     """
 
+    forgets = False
+
     def __init__(
         self, vocab: int, dim: int, heads: int, depth: int, *, schedule: Schedule, source: nn.Module | None = None,
         inner: int | None = None, key_heads: int | None = None, positions: Positions | None = None,
@@ -139,6 +141,10 @@ class DecoderOnly(nn.Module):
             caches.append(cache)
         return Frames.finite(self.norm(y), tokens.mask).values, replace(state, target=tuple(caches))
 
+    def finish(self, state: GroupState) -> GroupState:
+        """No frame will follow: none has waited for others."""
+        return state
+
     def forward(self, source: Frames, tokens: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         """The same in one pass: frames [B, T, ...], tokens [B, U], written behind `read` [B, U] of the frames.
 
@@ -166,14 +172,8 @@ class DecoderOnly(nn.Module):
         Of `targets` [B, U] the first `lengths` [B] count. A share `smoothing` of the wanted distribution is uniform
         (arXiv 1512.00567, section 7).
         """
-        at = torch.arange(targets.shape[1] + 1, device=targets.device)
-        targets = targets.where(at[:-1] < lengths[:, None], eos)
-        end = targets.new_full((len(targets), 1), eos)
-        read = reads(self.schedule, source.lengths, len(at))
-        _, hidden = self(source, torch.cat([torch.full_like(end, sos), targets], 1), read)
-        wanted = torch.cat([targets, end], 1)
-        each = F.cross_entropy(self.logits(hidden).mT, wanted, reduction="none", label_smoothing=smoothing)
-        return each.masked_fill(at > lengths[:, None], 0.0).sum(1)
+        read = reads(self.schedule, source.lengths, targets.shape[1] + 1)
+        return text_losses(self, source, targets, lengths, read, sos=sos, eos=eos, smoothing=smoothing)
 
     def _heard(self, x: Tensor) -> Tensor:
         return self._dropped(x if self.source is None else self.source(x))

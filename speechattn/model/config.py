@@ -23,7 +23,8 @@ VALUES = (Span, Blocks, Grouped, Interleaved, Wait, Lora)  # besides modules
 FUNCTIONS = {
     *(f"speechattn.decoder.attention.{name}" for name in ("learned", "sinusoids")),
     *(f"speechattn.cross.expected.{name}" for name in ("doubling", "fused", "matrix", "ratio", "scan", "sequential")),
-}  # that make tables of positions, or expected alignments
+    "speechattn.audio.lips.grouped",
+}  # that make tables of positions, expected alignments, or norms
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -88,8 +89,9 @@ class Builder:
         if not isinstance(args, Mapping):
             raise ModelError(f"{where}.init_args: not a mapping of names to values")
         kind = self.resolve(str(spec["class_path"]), f"{where}.class_path")
-        makers = callables(kind)
-        given = {str(k): self.made(v, f"{where}.{k}", maker=str(k) in makers) for k, v in args.items()}
+        makers, named = callables(kind), values(kind)
+        args = {str(k): named[str(k)] | {"init_args": v} if bare(v) and str(k) in named else v for k, v in args.items()}
+        given = {k: self.made(v, f"{where}.{k}", maker=k in makers) for k, v in args.items()}
         try:
             if maker:
                 inspect.signature(kind).bind_partial(**given)
@@ -123,13 +125,29 @@ class Builder:
         raise ModelError(f"{where}: {name} is no module of {allowed}")
 
 
+def hints(kind: Any) -> dict[str, tuple[Any, ...]]:
+    """What the arguments of a constructor may be: each hint and its parts."""
+    try:
+        found = get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
+    except (NameError, TypeError):
+        return {}
+    return {name: (hint, *get_args(hint)) for name, hint in found.items()}
+
+
 def callables(kind: Any) -> set[str]:
     """The arguments for which a constructor wants something to call."""
-    try:
-        hints = get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
-    except (NameError, TypeError):
-        return set()
-    return {name for name, hint in hints.items() if Callable in {get_origin(part) for part in (hint, *get_args(hint))}}
+    return {name for name, parts in hints(kind).items() if Callable in {get_origin(part) for part in parts}}
+
+
+def values(kind: Any) -> dict[str, dict[str, str]]:
+    """The arguments that are one of `VALUES`, with its name: a recipe, once parsed, has its fields alone."""
+    found = {name: part for name, parts in hints(kind).items() for part in parts if part in VALUES}
+    return {name: {"class_path": f"{part.__module__}.{part.__qualname__}"} for name, part in found.items()}
+
+
+def bare(value: Any) -> bool:
+    """Fields without the name of their class."""
+    return isinstance(value, Mapping) and "class_path" not in value
 
 
 def lookup(module: str, names: list[str]) -> Any:

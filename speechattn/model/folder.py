@@ -12,6 +12,7 @@ from torch import nn
 from speechattn.audio.resample import HIGHEST_RATE, LOWEST_RATE
 from speechattn.decoder.attention import AttentionDecoder
 from speechattn.decoder.ctc import CTC
+from speechattn.decoder.in_turns import InTurns
 from speechattn.decoder.letters import OwnTokens
 from speechattn.decoder.segmental import Segmental
 from speechattn.decoder.transducer import Transducer
@@ -21,6 +22,7 @@ from speechattn.model.config import build, read_yaml
 from speechattn.model.recognizer import Recognizer
 from speechattn.model.stored import Unfilled, compact, read_weights
 from speechattn.multimodal.speech_llm import SpeechLLM
+from speechattn.multimodal.tokens import load_tokenizer
 from speechattn.pretrained.weights import check
 from speechattn.search.language_model import LanguageModel
 from speechattn.stream import Stream
@@ -88,7 +90,7 @@ def says(head: nn.Module) -> int | None:
     if isinstance(head, Transducer):
         return head.joint.out.out_features
     head = head.decoder if isinstance(head, Segmental) else head
-    return head.vocab if isinstance(head, AttentionDecoder | SpeechLLM) else None
+    return head.vocab if isinstance(head, AttentionDecoder | SpeechLLM | InTurns) else None
 
 
 @torch.no_grad()
@@ -109,7 +111,7 @@ def try_out(model: Recognizer, where: str) -> None:
 
 def load_folder(path: Path, plugins: Sequence[str] = ()) -> Recognizer:
     """The model of a folder; every tensor must be there, and no other."""
-    config, tokenizer = read_yaml(path / CONFIG), Pieces.load(path)
+    config, tokenizer = read_yaml(path / CONFIG), load_tokenizer(path)
     with Unfilled():
         model = from_config(config, tokenizer, where=str(path / CONFIG), plugins=plugins)
     tensors = read_weights(path / WEIGHTS, model.state_dict())
@@ -153,7 +155,7 @@ def load_language_model(path: Path, plugins: Sequence[str] = ()) -> tuple[Langua
     """What `save_language_model` wrote: a model for a `LanguageModelScorer`, and its tokens."""
     from safetensors.torch import load_model
 
-    config, tokenizer = read_yaml(path / CONFIG), Pieces.load(path)
+    config, tokenizer = read_yaml(path / CONFIG), load_tokenizer(path)
     network = build_language_model(config, where=str(path / CONFIG), plugins=plugins)
     if (network.vocab, network.end) != (tokenizer.size, tokenizer.end):
         said = f"{network.vocab} tokens, of which {network.end} is the end"

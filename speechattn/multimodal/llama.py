@@ -135,10 +135,8 @@ class Llama(nn.Module):
         key_heads, inner = key_heads or heads, inner or 8 * dim // 3
         if dim % heads or heads % key_heads:
             raise ValueError(f"{dim} features, {heads} heads, {key_heads} key heads: they do not divide")
-        if window is not None and (len(window) != 2 or window[0] < 0 or window[1] < 1):
-            raise ValueError(f"window {tuple(window)}: wanted 0 or more sinks, and 1 or more recent frames")
         self.vocab, self.dim, self.key_heads, self.width = vocab, dim, key_heads, dim // heads
-        self.window = None if window is None else (window[0], window[1])
+        self.window = bounds(window)
         self.position = Rotary(dim, heads, base=base)
         self.embed_tokens, self.norm = nn.Embedding(vocab, dim), nn.RMSNorm(dim, eps=eps)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
@@ -173,7 +171,8 @@ class Llama(nn.Module):
         for said, layer, _ in self._through(x, cache, view, False):
             y = said
             layers.append(layer)
-        return Frames.finite(self.norm(y), x.mask).values, self._kept(LlamaState(tuple(layers), places))
+        state = LlamaState(tuple(layers), places)
+        return Frames.finite(self.norm(y), x.mask).values, state if self.window is None else kept(state, self.window)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden [..., D] -> unnormalised scores of the next token [..., V]."""
@@ -234,14 +233,22 @@ class Llama(nn.Module):
         nearer = self.position.angles(at.clamp(max=sinks + recent - 1), like)
         return View(visible, keys[..., n - new :, :], keys, first, nearer), places
 
-    def _kept(self, state: LlamaState) -> LlamaState:
-        """The cache, no larger than its window."""
-        if self.window is None:
-            return state
-        mask = state.places.mask
-        ranks = mask.cumsum(1)
-        keep = mask & ((ranks <= self.window[0]) | (ranks > ranks[:, -1:] - self.window[1]))
-        order = keep.byte().argsort(dim=1, stable=True)[:, -sum(self.window) :]
-        rows = torch.arange(len(order), device=order.device)[:, None]
-        kept = [Buffer(x.values[rows, order], keep[rows, order]) for x in (*state.layers, state.places)]
-        return LlamaState(tuple(kept[:-1]), kept[-1])
+
+def bounds(window: Sequence[int] | None) -> tuple[int, int] | None:
+    """Sinks and recent frames; ValueError for other numbers."""
+    if window is None:
+        return None
+    if len(window) != 2 or window[0] < 0 or window[1] < 1:
+        raise ValueError(f"window {tuple(window)}: wanted 0 or more sinks, and 1 or more recent frames")
+    return window[0], window[1]
+
+
+def kept(state: LlamaState, window: tuple[int, int]) -> LlamaState:
+    """The cache, no larger than its `window`: the first frames and the last."""
+    mask = state.places.mask
+    ranks = mask.cumsum(1)
+    keep = mask & ((ranks <= window[0]) | (ranks > ranks[:, -1:] - window[1]))
+    order = keep.byte().argsort(dim=1, stable=True)[:, -sum(window) :]
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    left = [Buffer(x.values[rows, order], keep[rows, order]) for x in (*state.layers, state.places)]
+    return LlamaState(tuple(left[:-1]), left[-1])

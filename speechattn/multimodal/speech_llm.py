@@ -14,7 +14,7 @@ from speechattn.multimodal.causal import CausalLM, Inspected
 from speechattn.multimodal.layout import BOS, LIPS, MARK, PROMPT, SINK, SOUND, TEXT, Laid, laid
 from speechattn.stream import Sliding, Stream
 
-__all__ = ["Pool", "Pooled", "Side", "SpeechLLM", "Stacked"]
+__all__ = ["Pool", "Pooled", "Side", "SpeechLLM", "Stacked", "senses"]
 
 PLACES = {SOUND: (1, 2), LIPS: (3, 4)}  # of the marks before and behind; 0 is the beginning
 
@@ -65,6 +65,19 @@ class Pooled(Side):
         super().__init__(Pool(every), width, width, dim, inner, norm=norm)
 
 
+def senses(x: Frames, sides: Sequence[Side]) -> list[Frames]:
+    """Encoder frames [B, T, D] -> those of each sense; of several, one is missing where its side is zero.
+
+    ValueError for another number of features.
+    """
+    widths = [side.width for side in sides]
+    if x.values.shape[2] != sum(widths):
+        said = " + ".join(map(str, widths))
+        raise ValueError(f"frames of {x.values.shape[2]} features: the language model reads {said}")
+    parts = torch.split(x.values, widths, 2)
+    return [Frames(part, x.mask if len(sides) == 1 else x.mask & (part != 0).any(-1)) for part in parts]
+
+
 class SpeechLLM(nn.Module):
     """Encoder frames [B, T, D] of `sound` and `lips` side by side (`Senses`), or of one of them, before a text.
 
@@ -101,18 +114,10 @@ class SpeechLLM(nn.Module):
 
     def before(self, x: Frames) -> list[tuple[Frames, int]]:
         """Encoder frames [B, T, D] -> what stands before the transcript, each part of a kind."""
-        sides = self.sides
-        if x.values.shape[2] != sum(side.width for _, side in sides):
-            widths = " + ".join(str(side.width) for _, side in sides)
-            raise ValueError(f"frames of {x.values.shape[2]} features: the language model reads {widths}")
         everybody = x.mask.new_ones(len(x.mask))
         parts = [(self.opened(everybody), BOS), (self.learned(self.sinks, everybody), SINK)]
-        at = 0
-        for kind, side in sides:
-            values = x.values[..., at : at + side.width]
-            at += side.width
-            there = x.mask if len(sides) == 1 else x.mask & (values != 0).any(-1)
-            tokens = side(Frames(values, there))
+        for (kind, side), frames in zip(self.sides, senses(x, [side for _, side in self.sides]), strict=True):
+            tokens = side(frames)
             present = tokens.mask.any(1)
             first, last = (self.learned(self.marks[i : i + 1], present) for i in PLACES[kind])
             parts += [(first, MARK), (tokens, kind), (last, MARK)]

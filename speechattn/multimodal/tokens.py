@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from speechattn.errors import InputError, ModelError
-from speechattn.text.pieces import MARK, plain
+from speechattn.text.pieces import LIST, MARK, Pieces, plain
 
-__all__ = ["HuggingFaceTokens"]
+__all__ = ["HuggingFaceTokens", "load_tokenizer"]
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 BYTE_SPACE = "Ġ"  # a space in GPT-2's spelling of bytes
@@ -88,8 +88,12 @@ class HuggingFaceTokens:
         return sizes
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and, in `tokenizer_config.json`, which token ends a text and how many there are."""
+        """Write `tokenizer.json` and, in `tokenizer_config.json`, which token ends a text and how many there are.
+
+        A `tokens.txt` of another vocabulary that was there goes.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / LIST).unlink(missing_ok=True)
         self.backend.save(str(folder / TOKENIZER))
         said = {"eos_token": self.pieces[self.end], "vocab_size": self.size}
         (folder / SETTINGS).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
@@ -107,3 +111,13 @@ class HuggingFaceTokens:
         if not isinstance(end, str):
             raise ModelError(f"{path}: says no eos_token, which ends a text")
         return cls(folder / TOKENIZER, end, size=said.get("vocab_size"))
+
+
+def load_tokenizer(folder: Path) -> Pieces:
+    """The tokenizer of a folder: ours where it has a `tokens.txt`, else that of its `tokenizer.json`.
+
+    ModelError where it has neither, or one that cannot be read.
+    """
+    if (folder / TOKENIZER).is_file() and not (folder / LIST).is_file():
+        return HuggingFaceTokens.load(folder)  # type: ignore[return-value] # which offers the same
+    return Pieces.load(folder)

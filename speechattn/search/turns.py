@@ -1,15 +1,16 @@
-"""Greedy search of a `DecoderOnly` head, which reads and writes in turns."""
+"""Greedy search of a head that reads and writes in turns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from speechattn import tree
-from speechattn.decoder.decoder_only import DecoderOnly, GroupState
+from speechattn.decoder.in_turns import InTurns
 from speechattn.frames import Frames
 from speechattn.search.beam import Beam, Prefixes, Search
 from speechattn.tree import node
@@ -25,7 +26,7 @@ class TurnsState:
     `origin` [B] those before; the text has `ended` [B]; no frame will follow where `finished` [B].
     """
 
-    decoder: GroupState
+    decoder: Any
     last: Tensor
     said: Tensor
     turns: Tensor
@@ -38,7 +39,8 @@ class TurnsState:
 class Turns(Search):
     """The most probable token whenever the schedule of the `decoder` says that enough has been read for it.
 
-    It sees as many frames as the schedule wants, also where more are there. A text does not end before its source:
+    It sees as many frames as the schedule wants, also where more are there (of one that `forgets` no more are read
+    before). A text does not end before its source:
     where `eos` is the most probable, one turn of the schedule goes by without a token (after more frames the same token
     is asked for again). At most `most` tokens a frame are said, and none of `never`. After `memory` frames nothing more
     is heard: `room` tells before. A token's span are the frames that were read for it and for none before.
@@ -47,7 +49,7 @@ class Turns(Search):
     """
 
     def __init__(
-        self, decoder: DecoderOnly, *, sos: int, eos: int, never: Sequence[int] = (), most: float = 2.0,
+        self, decoder: InTurns, *, sos: int, eos: int, never: Sequence[int] = (), most: float = 2.0,
         memory: int = 1500,
     ) -> None:  # fmt: skip
         if memory < 1 or not most > 0:
@@ -61,7 +63,7 @@ class Turns(Search):
         state = TurnsState(
             self.decoder.start(len(none)), none + self.sos, said, turns, heard, origin, none > 0, none > 0
         )
-        like = self.decoder.embed.weight.new_zeros(len(none), 0)  # frames may be tokens themselves
+        like = self.decoder.embed(state.last[:, None]).new_zeros(len(none), 0)  # frames may be tokens themselves
         return Beam(Prefixes.empty(like, 1), like.new_zeros(len(none), 1, dtype=torch.float64), none.clone(), state)
 
     def start_at(self, x: Frames, heard: Tensor) -> Beam:
@@ -72,14 +74,29 @@ class Turns(Search):
     def step(self, x: Frames, beam: Beam) -> Beam:
         x, state = x.front(), beam.state
         room = (self.memory - state.heard)[:, None]
-        heard = Frames.of(x.values, x.mask & (x.mask.cumsum(1) <= room)).front()
-        _, decoder = self.decoder.read(heard, state.decoder)
-        state = replace(state, decoder=decoder, heard=state.heard + heard.lengths)
-        return self._follow(replace(beam, frames=beam.frames + x.lengths, state=state))
+        rest = Frames.of(x.values, x.mask & (x.mask.cumsum(1) <= room)).front()
+        beam = replace(beam, frames=beam.frames + x.lengths)
+        while True:
+            state = beam.state
+            heard, rest = self._next(rest, state)
+            _, decoder = self.decoder.read(heard, state.decoder)
+            state = replace(state, decoder=decoder, heard=state.heard + heard.lengths)
+            beam = self._follow(replace(beam, state=state))
+            if not rest.mask.shape[1]:
+                return beam
+
+    def _next(self, x: Frames, state: TurnsState) -> tuple[Frames, Frames]:
+        """Of frames that came, in front of each row: those to be read before the next token, and the rest."""
+        if not self.decoder.forgets:
+            return x, x[:0]
+        wanted = (self.decoder.schedule.needed(state.turns) - state.heard).clamp(min=1)[:, None]
+        now = torch.arange(x.mask.shape[1], device=x.mask.device) < wanted
+        return Frames.of(x.values, x.mask & now).front(), Frames.of(x.values, x.mask & ~now).front()
 
     @torch.inference_mode()
     def finish(self, beam: Beam) -> Beam:
-        return self._follow(replace(beam, state=replace(beam.state, finished=torch.ones_like(beam.state.finished))))
+        decoder, finished = self.decoder.finish(beam.state.decoder), torch.ones_like(beam.state.finished)
+        return self._follow(replace(beam, state=replace(beam.state, decoder=decoder, finished=finished)))
 
     def room(self, beam: Beam) -> Tensor:
         left: Tensor = 1 - beam.state.heard / self.memory
@@ -115,7 +132,7 @@ class Turns(Search):
     def _token(self, beam: Beam) -> Beam:
         """One turn of every row: a token, or none where the text would end before its source."""
         state, schedule = beam.state, self.decoder.schedule
-        read = schedule.needed(state.turns).minimum(state.heard)
+        read = state.heard if self.decoder.forgets else schedule.needed(state.turns).minimum(state.heard)
         there = torch.ones_like(read, dtype=torch.bool)[:, None]
         hidden, after = self.decoder.write(Frames(state.last[:, None], there), state.decoder, read=read[:, None])
         scores = self.decoder.logits(hidden[:, 0])

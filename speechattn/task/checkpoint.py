@@ -19,6 +19,7 @@ from speechattn.model import Recognizer, from_config, save_model
 from speechattn.model.config import read_yaml
 from speechattn.model.folder import CONFIG, WEIGHTS, is_model, load_folder
 from speechattn.model.load import located
+from speechattn.multimodal.tokens import load_tokenizer
 from speechattn.pretrained.espnet import is_espnet, load_espnet
 from speechattn.text.pieces import LIST, Pieces
 
@@ -42,7 +43,7 @@ def tokenizer_of(path: str) -> Pieces:
     place = located(path)
     if not (place / LIST).exists() and (place.is_file() or is_espnet(place)):
         return parts_of(place)[1]
-    return Pieces.load(place)
+    return load_tokenizer(place)
 
 
 def packed(config: Mapping[str, Any] | None, tokenizer: Pieces) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def parts_of(path: Path, plugins: Sequence[str] = ()) -> tuple[dict[str, Any], P
         atexit.register(rmtree, folder, ignore_errors=True)
         return about["config"], unpacked(about, folder)
     if is_model(path):
-        return read_yaml(path / CONFIG), Pieces.load(path)
+        return read_yaml(path / CONFIG), load_tokenizer(path)
     model = load_any(path, plugins)
     assert model.config is not None
     return model.config, model.tokenizer
@@ -263,9 +264,11 @@ def export(
 def unpacked(about: Mapping[str, Any], folder: Path) -> Pieces:
     """The tokenizer of a checkpoint, written into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    if LIST not in about["files"]:
+        (folder / LIST).unlink(missing_ok=True)  # of another model that was there
     for name, content in about["files"].items():
         (folder / Path(name).name).write_bytes(content.numpy().tobytes())
-    return Pieces.load(folder)
+    return load_tokenizer(folder)
 
 
 def start_from(model: Recognizer, path: Path, plugins: Sequence[str] = ()) -> list[str]:

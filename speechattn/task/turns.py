@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from speechattn.decoder.decoder_only import DecoderOnly
+from speechattn.decoder.in_turns import InTurns
+from speechattn.errors import ModelError
 from speechattn.model import Recognizer
-from speechattn.task.objectives import Heard, Objective, Said, ending, head_of
+from speechattn.task.objectives import Heard, Objective, Said, ending
 
 __all__ = ["DecoderOnlyObjective"]
 
@@ -22,9 +23,15 @@ class DecoderOnlyObjective(Objective):
         self.smoothing = smoothing
 
     def fit(self, model: Recognizer) -> None:
-        head_of(model, self.name, DecoderOnly)
+        self._head(model)
         ending(model)
 
     def losses(self, model: Recognizer, heard: Heard, said: Said) -> Tensor:
-        head, end = head_of(model, self.name, DecoderOnly), ending(model)
+        head, end = self._head(model), ending(model)
         return head.losses(heard.frames, said.tokens, said.lengths, sos=end, eos=end, smoothing=self.smoothing)
+
+    def _head(self, model: Recognizer) -> InTurns:
+        head: object = dict(model.heads).get(self.name)
+        if not isinstance(head, InTurns):
+            raise ModelError(f"an objective needs the head {self.name}, in turns; there are {', '.join(model.heads)}")
+        return head
