@@ -178,3 +178,19 @@ def test_kill_9(tmp_path: Path, manifest: Path) -> None:
     assert kept % 3 == 0
     assert kept >= 6
     assert rows(second) == whole[kept:]
+
+
+LEFT_IN_MID_EPOCH = """
+import sys
+from pathlib import Path
+from speechattn.data.corpus import Corpus
+corpus = Corpus([Path(sys.argv[1])], max_seconds=4, longest_s=2, workers=1)
+corpus.trainer = None
+batches = iter(corpus.train_dataloader())
+next(batches)
+"""
+
+
+def test_a_program_that_ends_in_mid_epoch_ends(manifest: Path) -> None:
+    """Workers ignore SIGTERM, which is what Python ends its children with: without help it would wait for ever."""
+    subprocess.run([sys.executable, "-c", LEFT_IN_MID_EPOCH, str(manifest)], check=True, timeout=60)

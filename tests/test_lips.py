@@ -228,7 +228,11 @@ def as_one_video(net: LipResNet3D, x: Frames) -> Frames:
         for block, after in zip(blocks[::2], blocks[1::2], strict=True):
             a, b, c, d = block.first.members
             z = norm(d, conv(c, norm(b, conv(a, y))))
-            skip = y if isinstance(block.second, Delay) else norm(block.second.members[1], conv(block.second.members[0], y))
+            skip = (
+                y
+                if isinstance(block.second, Delay)
+                else norm(block.second.members[1], conv(block.second.members[0], y))
+            )
             y = norm(after, z + skip)
         outs.append(y.mean((2, 3)).T)
     return padded(outs, x.mask)

@@ -21,7 +21,9 @@ class Conv3d(Sliding):
     def __init__(self, inputs: int, outputs: int, frames: int, pixels: int, *, stride: int = 1, right: int = 0) -> None:
         super().__init__(frames, right=right)
         edge = pixels // 2
-        self.conv = nn.Conv3d(inputs, outputs, (frames, pixels, pixels), (1, stride, stride), (0, edge, edge), bias=False)
+        self.conv = nn.Conv3d(
+            inputs, outputs, (frames, pixels, pixels), (1, stride, stride), (0, edge, edge), bias=False
+        )
 
     def windows(self, x: Tensor) -> Tensor:
         x = x[:, :, None] if x.dim() == 4 else x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
 import warnings
@@ -218,11 +219,17 @@ class Loader(Generic[B]):
 
     def timed(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The items; `waited_s` counts the seconds until each was there."""
-        began = time.perf_counter()
-        for item in loader:
-            self.waited_s += time.perf_counter() - began
-            yield item
-            began = time.perf_counter()
+        began, items = time.perf_counter(), iter(loader)
+        end = getattr(items, "_shutdown_workers", None)  # they ignore the signal by which Python would end them at exit
+        if end is not None:
+            atexit.register(end)
+        try:
+            for item in items:
+                self.waited_s += time.perf_counter() - began
+                yield item
+                began = time.perf_counter()
+        finally:
+            atexit.unregister(end)
 
     def share(self, batch: Indices) -> Indices:
         """What this device gets of a batch."""
