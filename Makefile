@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train bench-kernels bench-model bench-simul bench-terms aot-kernels clean
+.PHONY: demo test test-all check bench-live bench-encoder bench-search bench-train bench-kernels bench-model bench-simul bench-terms bench-av aot-kernels clean
 
 demo: .venv/demo
 	$(BIN)/speechattn demo $(FILE) $(ARGS)
@@ -52,6 +52,10 @@ bench-simul: .venv/dev
 bench-terms: .venv/dev
 	$(BIN)/python benchmarks/terms.py $(ARGS)
 	$(if $(ARGS),,$(BIN)/python benchmarks/terms_use.py)
+
+# The clips are made first (recipes/av/README.md); trains what is not in runs/av.
+bench-av: .venv/dev
+	$(BIN)/python benchmarks/av.py $(ARGS)
 
 # What the compiler makes of every kernel, for sm_80 and sm_90; ARGS="--default --op window".
 aot-kernels: .venv/dev

@@ -20,13 +20,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from report import Report
 from torch import nn
 
@@ -44,11 +45,12 @@ LEVELS = {"clean": "", "5 dB": "_5dB", "0 dB": "_0dB", "-5 dB": "_-5dB", "-10 dB
 SEEDS = (0, 1, 2)
 RATES = (2, 4, 8, 16)  # frames of 40 ms in a place
 WEIGHT = 10.0  # of the decorrelation loss
-LLM = "--model.init_args.heads.llm.init_args"
-REMEDIES = {
-    "sink tokens": (f"{LLM}.sinks=4",),
-    "off by one": (f"{LLM}.lm.init_args.attention=speechattn.multimodal.attention.OffByOne",),
-    "gated": (f"{LLM}.lm.init_args.attention=speechattn.multimodal.attention.Gated",),
+ATTENTION = "lm.init_args.attention"
+REMEDIES: dict[str, dict[str, object]] = {
+    "sink tokens": {"sinks": 4},
+    "off by one": {ATTENTION: "speechattn.multimodal.attention.OffByOne"},
+    "learned sink": {ATTENTION: "speechattn.multimodal.attention.LearnedSink"},
+    "gated": {ATTENTION: "speechattn.multimodal.attention.Gated"},
 }
 COMMON = 4  # the rate at which remedies are compared
 CHANCE = 100 * (1 - (4 / 4 + 1 / 24 + 1 / 10) / 6)  # of words, when always the same is said in each place
@@ -56,13 +58,18 @@ CHANCE = 100 * (1 - (4 / 4 + 1 / 24 + 1 / 10) / 6)  # of words, when always the 
 
 @dataclass(frozen=True)
 class Run:
-    """A training by the name of its folder, from the model of the run `start`."""
+    """A training by the name of its folder, from the model of the run `start`.
+
+    `head` are arguments of the language model's head that are not those of the recipe, by dotted names; `weight` that
+    of the decorrelation loss.
+    """
 
     name: str
     recipes: tuple[str, ...]
     seed: int = 0
-    options: tuple[str, ...] = ()
     start: str | None = None
+    head: Mapping[str, object] = field(default_factory=dict)
+    weight: float = 0.0
 
     @property
     def model(self) -> Path:
@@ -76,20 +83,37 @@ class Run:
         began, place = time.time(), RUNS / self.name
         parts = ("model.init_args", "data.init_args")
         seeds = [f"--seed_everything={self.seed}", *(f"--{part}.seed={self.seed}" for part in parts)]
-        configs = [word for recipe in self.recipes for word in ("--config", str(RECIPES / recipe))]
+        place.mkdir(parents=True, exist_ok=True)
+        configs = [word for recipe in self.recipes for word in ("--config", str(self.written(RECIPES / recipe)))]
         start = [] if self.start is None else ["--init-from", str(RUNS / self.start / "model")]
         short = [] if steps is None else [f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=1"]
         command = [
-            sys.executable, "-m", "speechattn", "fit", *configs, *seeds, *start, *self.options, *short, "--resume",
+            sys.executable, "-m", "speechattn", "fit", *configs, *seeds, *start, *short, "--resume",
             f"--trainer.default_root_dir={place}", "--trainer.enable_progress_bar=false",
         ]  # fmt: skip
         export = [sys.executable, "-m", "speechattn", "export", f"{place}/checkpoints/last.ckpt", str(self.model)]
-        place.mkdir(parents=True, exist_ok=True)
         with (place / "log.txt").open("a") as log:
             for one in (command, export):
                 subprocess.run(one, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
         (place / "seconds.txt").write_text(f"{time.time() - began:.0f}\n")
         print(f"{self.name}: trained in {time.time() - began:.0f} s", file=sys.stderr)
+
+    def written(self, recipe: Path) -> Path:
+        """The recipe, or a copy with what is changed in it."""
+        if not self.head and not self.weight:
+            return recipe
+        made = yaml.safe_load(recipe.read_text())
+        model = made["model"]["init_args"]
+        model["objectives"][0]["init_args"] = {"decorrelate": self.weight}
+        model["keep"] = str(RUNS / "frames")
+        for name, value in self.head.items():
+            at, *path = model["heads"]["llm"]["init_args"], *name.split(".")
+            for part in path[:-1]:
+                at = at[part]
+            at[path[-1]] = value
+        path = RUNS / f"{self.name}.yaml"
+        path.write_text(yaml.safe_dump(made, sort_keys=False))
+        return path
 
 
 ENCODERS = Run("synthetic", ("synthetic.yaml",))
@@ -99,17 +123,18 @@ def recognisers(seed: int) -> dict[str, Run]:
     """With pictures and without."""
     both = ("synthetic.yaml", "babble.yaml")
     return {
-        "av": Run(f"av-{seed}", both, seed, start="synthetic"),
-        "sound": Run(f"sound-{seed}", (*both, "sound.yaml"), seed, start="synthetic"),
+        "av": Run(f"av-{seed}", both, seed, "synthetic"),
+        "sound": Run(f"sound-{seed}", (*both, "sound.yaml"), seed, "synthetic"),
     }
 
 
-def language_model(rate: int, seed: int, weight: float, more: Sequence[str] = (), name: str = "") -> Run:
+def language_model(
+    rate: int, seed: int, weight: float, more: Mapping[str, object] | None = None, name: str = ""
+) -> Run:  # fmt: skip
     """Over the frozen encoders."""
-    every = tuple(f"{LLM}.{side}.init_args.every={rate}" for side in ("sound", "lips"))
-    told = f"--model.init_args.objectives.init_args.decorrelate={weight}"
-    name = name or f"llm-{rate}-{weight:g}"
-    return Run(f"{name}-{seed}".replace(" ", "-"), ("llm.yaml",), seed, (*every, told, *more), "synthetic")
+    head = {f"{side}.init_args.every": rate for side in ("sound", "lips")} | dict(more or {})
+    name = f"{name or f'llm-{rate}-{weight:g}'}-{seed}".replace(" ", "-")
+    return Run(name, ("llm.yaml",), seed, "synthetic", head, weight)
 
 
 def batches(part: str) -> Corpus:
@@ -288,8 +313,9 @@ def main() -> None:
     if options.quick:
         RUNS, steps, seeds, rates, levels = Path("runs/av-quick"), 20, SEEDS[:1], (4, 8), ["clean", "-5 dB"]
     ENCODERS.train(steps)
-    runs = [run for seed in seeds for run in recognisers(seed).values()]
-    runs += [language_model(rate, seed, weight) for rate in rates for seed in seeds for weight in (0.0, WEIGHT)]
+    first, *runs = [language_model(rate, seed, weight) for rate in rates for seed in seeds for weight in (0.0, WEIGHT)]
+    first.train(steps)  # it writes what the frozen encoders say, and all others read it
+    runs += [run for seed in seeds for run in recognisers(seed).values()]
     runs += [language_model(COMMON, 0, 0.0, more, name) for name, more in REMEDIES.items()] if not options.quick else []
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda run: run.train(steps), runs))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
+from shutil import rmtree
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from training import DIGITS, LINES, corpus, part, recipe, written
 
 pytest.importorskip("lhotse")
 
+from speechattn.data import loader
 from speechattn.data.batch import Batch, collate
 from speechattn.errors import InputError
 from speechattn.frames import Frames
@@ -128,6 +131,30 @@ def test_what_is_frozen_does_nothing_at_random(tmp_path: Path) -> None:
         x = model.listening(Frames(torch.from_numpy(samples)[None], torch.ones(1, len(samples), dtype=torch.bool)))
     kept = torch.from_numpy(np.load(tmp_path / "frames" / named(f"{line['file'][:2]}-0", False))).float()
     assert torch.allclose(kept, x.values[0, x.mask[0]], atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:no objective trains the head transducer")
+def test_a_sound_whose_frames_are_kept_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = frozen(tmp_path)
+    content["init_from"] = str(DIGITS)
+    content["model"]["init_args"] |= read(DIGITS)
+    content["data"]["init_args"] |= {"workers": 0}
+    read_files: list[str] = []
+    load = loader.load_sound
+    monkeypatch.setattr(loader, "load_sound", lambda utterance, rate: read_files.append(utterance.id) or load(utterance, rate))
+    first = read_checkpoint(fit(tmp_path, content))["state_dict"]
+    assert len({*read_files}) == len(read_files) == 6
+    before = {path: path.read_bytes() for path in (tmp_path / "frames").glob("*.npy")}
+    one = tmp_path / "frames" / named(read_files[0], False)
+    one.unlink()
+    del read_files[1:]
+    rmtree(tmp_path / "run")
+    second = read_checkpoint(fit(tmp_path, content))["state_dict"]
+    assert read_files[1:] == read_files[:1]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {path: path.read_bytes() for path in before if path != one} == {p: b for p, b in before.items() if p != one}
+    found, wanted = (torch.from_numpy(np.load(BytesIO(x))).float() for x in (one.read_bytes(), before[one]))
+    assert torch.allclose(found, wanted, atol=5e-3)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,12 @@ def test_the_objective_adds_the_mean_over_rows() -> None:
     assert step.item() == pytest.approx(100.0 * sum(alike) / 3, rel=1e-6)
     with pytest.raises(ValueError, match="wanted 0 or more"):
         SpeechLLMObjective(decorrelate=-1.0)
+
+
+def test_the_page_runs() -> None:
+    torch.set_default_dtype(torch.float32)
+    text = (Path(__file__).parents[1] / "docs" / "speech-llm.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "docs/speech-llm.md", "exec"), names)
+    assert names["loss"].shape == (2,)
+    assert (names["kinds"] == LIPS).sum(1).tolist() == [13, 10]

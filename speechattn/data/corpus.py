@@ -61,6 +61,7 @@ class Corpus(LightningDataModule):
         self.rate, self.augment, self.workers, self.seed, self.shares = rate, tuple(augment), workers, seed, shares
         self.normalise = normaliser(normalise)
         self.check: Check | None = None
+        self.kept: Callable[[str, bool], bool] | None = None  # of what no sound is needed in training
 
     @property
     def valid_names(self) -> tuple[str, ...]:
@@ -95,7 +96,7 @@ class Corpus(LightningDataModule):
         limit = int(self.max_seconds * self.rate) * plan.shares // self.world
         sounds = Sounds(
             manifest, self.rate, self.normalise, self.augment, self.seed, self.join, limit, self.check,
-            self.pixels(manifest, self.join),
+            self.pixels(manifest, self.join), self.kept,
         )  # fmt: skip
         return self.loader(sounds, plan, done=progress(self.trainer, len(plan)))
 

@@ -63,6 +63,8 @@ class Sounds:
     """Cuts of a manifest as samples at `rate` and texts; augmented by lots of (seed, epoch, id) alone.
 
     With `video_size` their pictures as well, where they have any, of so many pixels each way: `rate` is 16 kHz then.
+    What is `kept` of an utterance (by its id, and whether it has pictures) makes its sound needless: it is silence, and
+    its pictures a single black one.
     """
 
     manifest: Manifest
@@ -74,6 +76,7 @@ class Sounds:
     limit: int = 0  # samples of a padded batch: `join` makes none that is larger
     check: Check | None = None
     video_size: int | None = None
+    kept: Callable[[str, bool], bool] | None = None
 
     def load(self, row: int, epoch: int) -> tuple[Samples, Utterance, Image | None] | Broken:
         """Samples [N], what the manifest says, and pictures [T, S, S]."""
@@ -81,6 +84,10 @@ class Sounds:
             utterance = self.manifest[row]
             if self.check is not None:
                 self.check(self.normalise(utterance.text), self.translation(utterance))
+            size = None if utterance.video is None else self.video_size
+            if self.kept is not None and self.kept(utterance.id, size is not None):
+                silence = np.zeros(round(utterance.duration_s * self.rate), np.float32)
+                return silence, utterance, None if size is None else np.zeros((1, size, size), np.uint8)
             x = load_sound(utterance, self.rate)
             y = augmented(x, self.rate, self.augment, key=(self.seed, epoch, utterance.id))
             if self.video_size is None:

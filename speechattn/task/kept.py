@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ class Kept:
     """The encoder's frames of utterances, as `listening` makes them in float16, each in a file of `folder`.
 
     Law: the frames of a batch are those that the model makes of it, to the rounding of the precision that it is
-    trained in and of float16. So nothing may change from epoch to epoch: neither the weights nor the sound.
+    trained in and of float16. So nothing may change from epoch to epoch: neither the weights nor the sound. Sound and
+    pictures of which the frames are there are not read again in training.
     """
 
     def __init__(self, folder: Path, model: Model) -> None:
@@ -55,6 +57,8 @@ class Kept:
         """InputError where `data` changes the sound from epoch to epoch."""
         if getattr(data, "augment", ()) or getattr(data, "join", None) is not None:
             raise InputError("keep: not with data.augment or data.join: the sound would be another one in every epoch")
+        if hasattr(data, "kept"):
+            data.kept = There(self.folder)
 
     def mark(self) -> None:
         """Say whose frames these are; InputError where they are another encoder's."""
@@ -76,13 +80,25 @@ class Kept:
             with torch.no_grad():
                 frames = self.model.listening(sound)
             for path, x, there in zip(paths, frames.values, frames.mask, strict=True):
-                write(path, x[there])
+                if not path.exists():  # else its sound may not have been read
+                    write(path, x[there])
         rows = [torch.from_numpy(np.load(path)) for path in paths]
         like = next(self.model.encoder.parameters())
         values = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(like)
         lengths = torch.tensor([len(row) for row in rows], device=like.device)
         mask = torch.arange(values.shape[1], device=like.device) < lengths[:, None]
         return Heard(sound, Frames(sound.values[:, :0, None], sound.mask[:, :0]), Frames(values, mask))
+
+
+@dataclass(frozen=True)
+class There:
+    """Whether the frames of an utterance lie in a folder."""
+
+    folder: Path
+
+    def __call__(self, name: str, pictures: bool) -> bool:
+        """By its id, and whether there are pictures of it."""
+        return (self.folder / named(name, pictures)).exists()
 
 
 def named(name: str, pictures: bool) -> str:
