@@ -41,7 +41,7 @@ class Pictures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, T, C, H, W]."""
         y: Tensor = self.f(x.flatten(0, 1))
-        return y.unflatten(0, x.shape[:2])
+        return y.view(*x.shape[:2], *y.shape[1:])
 
 
 class Average(nn.Module):

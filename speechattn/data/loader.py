@@ -227,9 +227,9 @@ class Loader(Generic[B]):
     def timed(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The items; `waited_s` counts the seconds until each was there."""
         began, items = time.perf_counter(), iter(loader)
-        end = getattr(items, "_shutdown_workers", None)  # they ignore the signal by which Python would end them at exit
-        if end is not None:
-            atexit.register(end)
+        # Workers ignore the signal by which Python would end them at exit, and it would wait for them.
+        end: Callable[[], object] = getattr(items, "_shutdown_workers", lambda: None)
+        atexit.register(end)
         try:
             for item in items:
                 self.waited_s += time.perf_counter() - began

@@ -27,7 +27,8 @@ class Part(Stream):
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
         there = x.mask & (x.values[..., self.last] > 0.5)
-        return Frames.of(x.values[..., self.first : self.last].unflatten(2, self.shape), there), state
+        part = x.values[..., self.first : self.last]
+        return Frames.of(part.reshape(*part.shape[:2], *self.shape), there), state
 
 
 class Dropped(Stream):
@@ -94,7 +95,8 @@ class Unstack(Stream):
         self.n, self.ratio = n, Fraction(n)
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
-        values: Tensor = x.values.unflatten(2, (self.n, -1)).flatten(1, 2)
+        rows, frames, width = x.values.shape
+        values: Tensor = x.values.reshape(rows, frames * self.n, width // self.n)
         return Frames(values, x.mask.repeat_interleave(self.n, 1)), state
 
 
