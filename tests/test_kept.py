@@ -141,7 +141,12 @@ def test_a_sound_whose_frames_are_kept_is_not_read_again(tmp_path: Path, monkeyp
     content["data"]["init_args"] |= {"workers": 0}
     read_files: list[str] = []
     load = loader.load_sound
-    monkeypatch.setattr(loader, "load_sound", lambda utterance, rate: read_files.append(utterance.id) or load(utterance, rate))
+
+    def watched(utterance: Any, rate: int) -> Any:
+        read_files.append(utterance.id)
+        return load(utterance, rate)
+
+    monkeypatch.setattr(loader, "load_sound", watched)
     first = read_checkpoint(fit(tmp_path, content))["state_dict"]
     assert len({*read_files}) == len(read_files) == 6
     before = {path: path.read_bytes() for path in (tmp_path / "frames").glob("*.npy")}

@@ -71,7 +71,7 @@ class Marked(nn.Module):
 
 
 class AudioVisual(Planned):
-    """A `Clip`, or sound [B, N] alone -> features of sound and pixels of lips, 25 frames a second [B, T, D + H * W + 2].
+    """A `Clip`, or sound [B, N] alone -> features of sound and pixels of lips, 25 a second [B, T, D + H * W + 2].
 
     `sound` makes 25 frames a second of D features, `lips` grey pixels. Behind each of both stands a one where it is
     there; a frame is valid where either is. Both are told apart again by `speechattn.encoder.Senses`.

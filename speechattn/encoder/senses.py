@@ -81,7 +81,7 @@ class Senses(Serial):
 
 
 class Fusion(Pointwise):
-    """Both senses [B, T, D + D'] -> one [B, T, dim], by an MLP (arXiv 2102.06657, section 3.2; LayerNorm for its norm)."""
+    """Both senses [B, T, D + D'] -> one [B, T, dim], by an MLP (arXiv 2102.06657, section 3.2)."""
 
     def __init__(self, inputs: int, dim: int, inner: int = 8192) -> None:
         super().__init__(nn.Linear(inputs, inner), nn.LayerNorm(inner), nn.ReLU(), nn.Linear(inner, dim))
@@ -131,7 +131,7 @@ class Ears(Serial):
 
 
 class Eyes(Serial):
-    """Pictures of a mouth [B, T, H, W] -> [B, T, dim], by a `net` of `features`; `augment` changes them, in training."""
+    """Pictures of a mouth [B, T, H, W] -> [B, T, dim], by a `net` of `features`; `augment` acts in training."""
 
     def __init__(self, net: Stream, features: int, dim: int, *, augment: LipAugment | None = None) -> None:
         super().__init__(

@@ -237,8 +237,9 @@ def ending(tokenizer: Pieces) -> int:
 
 
 SEARCHES: Mapping[str, Kind] = {
-    "llm": ByLanguageModel(), "transducer": ByTransducer(), "joint": Jointly(), "monotonic": ByMonotonicHeads(), "segmental": BySegments(),
-    "ctc": ByCTC(), "rescored": InTwoPasses(), "triggered": ByTriggers(), "time_synchronous": InTime(),
+    "llm": ByLanguageModel(), "transducer": ByTransducer(), "joint": Jointly(), "monotonic": ByMonotonicHeads(),
+    "segmental": BySegments(), "ctc": ByCTC(), "rescored": InTwoPasses(), "triggered": ByTriggers(),
+    "time_synchronous": InTime(),
     "cass_nat": AtOnce(), "attention": ByAttention(), "aligned": ByAlignment(),
     "turns": ByTurns(),
 }  # fmt: skip

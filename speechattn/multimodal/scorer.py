@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speechattn import tree
 from speechattn.frames import Frames
 from speechattn.multimodal.layout import laid
 from speechattn.multimodal.speech_llm import SpeechLLM
@@ -27,7 +26,7 @@ class SpeechLLMState:
 
 
 class SpeechLLMScorer:
-    """Log-probabilities of the next token behind a whole utterance; what was read of it is read once, for all hypotheses.
+    """Log-probabilities of the next token behind a whole utterance, which is read once for all hypotheses.
 
     Law: as many tokens one by one, with the cache, as the model says in one pass.
     """

@@ -1,4 +1,4 @@
-"""A language model that reads what was heard and seen, and goes on with the transcript (Llama-AVSR, arXiv 2409.12319)."""
+"""A language model that reads what was heard and seen, and goes on with the text (Llama-AVSR, arXiv 2409.12319)."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class SpeechLLM(nn.Module):
     def losses(
         self, x: Frames, tokens: Tensor, lengths: Tensor, *, eos: int, smoothing: float = 0.0
     ) -> tuple[Tensor, Inspected, Tensor]:
-        """Cross-entropy of each row's text and its end [B], summed over the tokens; what is inside, and the kinds [B, S].
+        """Cross-entropy of each row's text and its end [B], summed over tokens; what is inside, and the kinds [B, S].
 
         Of `tokens` [B, U] the first `lengths` [B] count.
         """
