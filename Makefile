@@ -53,9 +53,9 @@ bench-terms: .venv/dev
 	$(BIN)/python benchmarks/terms.py $(ARGS)
 	$(if $(ARGS),,$(BIN)/python benchmarks/terms_use.py)
 
-# The clips are made first (recipes/av/README.md); trains what is not in runs/av.
+# The clips are made first (recipes/av/README.md); trains what is not in runs/av. (A script av.py would hide the package av.)
 bench-av: .venv/dev
-	$(BIN)/python benchmarks/av.py $(ARGS)
+	$(BIN)/python benchmarks/audio_visual.py $(ARGS)
 
 # What the compiler makes of every kernel, for sm_80 and sm_90; ARGS="--default --op window".
 aot-kernels: .venv/dev
