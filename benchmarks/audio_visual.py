@@ -224,7 +224,6 @@ def babble(report: Report, seeds: Sequence[int], levels: Sequence[str]) -> dict[
             each[name] = np.sum(rows, 0)
             spread = ", ".join(f"{rate_of(row.sum(0)):.1f}" for row in rows)
             curves[name].append(float(rate_of(each[name].sum(0))))
-            alone = without == "sound"
             goal, ok = (f"< {CHANCE:.1f}, chance", below_chance) if without == "sound" else ("", None)
             wer(report, f"{level}: {name}", each[name], f"seeds {spread}", goal, ok)
         gap = compare(each["sound"], each["av"], rate_of)
