@@ -17,7 +17,8 @@ from speechattn.encoder import Conformer, EBranchformer
 from speechattn.encoder.layers import Stack
 from speechattn.encoder.senses import Altered, Dropped, Ears, Eyes, Fusion, Part, Senses, Sides, Unstack
 from speechattn.frames import Frames
-from speechattn.stream import Pointwise, Serial, Stream
+from speechattn.stream import Delay, Pointwise, Serial, Stream
+from speechattn.stream.packing import packed
 from speechattn.testing import check_stream, oracle, random_frames, stepped
 
 pytestmark = pytest.mark.usefixtures("precise")
@@ -31,10 +32,10 @@ def front_end() -> AudioVisual:
     return AudioVisual(Serial(spectrum, Stack(4, 4)), size=SIZE)
 
 
-def senses(**options: float) -> Senses:
+def senses(*, size: int = SIZE, **options: float) -> Senses:
     ears = Conformer(subsample=Ears(MELS, 8, channels=4), dim=8, depth=1, heads=2, inner=12, span=Span(4, 2), kernel=3)
     eyes = Eyes(LipNet(channels=(4, 8), blocks=(1, 1), activation=nn.Softplus), 8, 6)
-    return Senses(ears, eyes, heard=HEARD, size=SIZE, **options)
+    return Senses(ears, eyes, heard=HEARD, size=size, **options)
 
 
 def smooth(stream: nn.Module) -> None:
@@ -104,7 +105,7 @@ def test_branches_are_streams() -> None:
     check_stream(Unstack(4), random_frames([9, 0, 5], 12))
     check_stream(Ears(MELS, 8, channels=4).eval(), random_frames([9, 0, 5], HEARD))
     check_stream(Altered(SpecAugment()), random_frames([9, 0, 5], HEARD))
-    check_stream(Part(2, 8, (2, 3)), random_frames([9, 0, 5], 9))
+    check_stream(Part(2, 8, (2, 3), 9), random_frames([9, 0, 5], 9))
     check_stream(Dropped(3, 0.5, 0.5), random_frames([9, 0, 5], 9))
     both = senses(deaf=0.5, blind=0.5)
     smooth(both)
@@ -267,3 +268,28 @@ def test_augmentation_acts_in_training_alone() -> None:
 def test_wrong_probabilities_are_named() -> None:
     with pytest.raises(ValueError, match="at most 1 together"):
         Dropped(3, 0.6, 0.5)
+
+
+def test_a_side_that_waits_is_flushed() -> None:
+    """Pictures that come two frames late (as behind a net that looks ahead) push everything by as much."""
+    spectrum = Serial(LogMel(mels=MELS, low=20.0, floor=1e-6, right=159), Stack(4, 4))
+    stream, x = AudioVisual(spectrum, Serial(Grey(), Delay(2)), size=SIZE), clip([5 * EVERY], [5])
+    y, plain = stream(x), front_end()(x)
+    assert stream.plan().latency == 2 * EVERY
+    assert torch.allclose(y.values, plain.values, atol=1e-12)
+    assert torch.equal(y.mask, plain.mask)
+    assert torch.allclose(stepped(stream, x).values, plain.values, atol=1e-12)
+
+
+def test_utterances_packed_into_a_batch_keep_their_lips() -> None:
+    stream = Whole(Conformer).eval()
+    clips = [clip([5 * EVERY], [5], seed=1), clip([9 * EVERY], [7], seed=2)]
+    for one, found in zip(clips, packed(stream, clips, rows=2), strict=True):
+        assert torch.allclose(found.values, stream(one).values, atol=1e-9)
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ValueError, match="16 x 16 pixels: this model sees 88 x 88"):
+        AudioVisual(Stack(640, 640))(clip([EVERY], [1]))
+    with pytest.raises(ValueError, match="338 features: sound, lips and their marks are 226"):
+        senses(size=22 - 10)(front_end()(clip([EVERY], [1])))

@@ -193,4 +193,4 @@ next(batches)
 
 def test_a_program_that_ends_in_mid_epoch_ends(manifest: Path) -> None:
     """Workers ignore SIGTERM, which is what Python ends its children with: without help it would wait for ever."""
-    subprocess.run([sys.executable, "-c", LEFT_IN_MID_EPOCH, str(manifest)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", LEFT_IN_MID_EPOCH, str(manifest)], check=True, timeout=150)

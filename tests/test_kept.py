@@ -16,6 +16,8 @@ from training import DIGITS, LINES, corpus, part, recipe, written
 
 pytest.importorskip("lhotse")
 
+from speechattn.attention import Span
+from speechattn.attention.self_attention import set_span
 from speechattn.data import loader
 from speechattn.data.batch import Batch, collate
 from speechattn.errors import InputError
@@ -89,6 +91,14 @@ def test_what_changes_from_epoch_to_epoch_is_refused(tmp_path: Path, model: Reco
     for data in (SimpleNamespace(augment=("speed",), join=None), SimpleNamespace(augment=(), join="some")):
         with pytest.raises(InputError, match=r"data\.augment or data\.join"):
             kept.fit(data)
+
+
+def test_another_span_makes_another_encoder(tmp_path: Path, model: Recognizer) -> None:
+    Kept(tmp_path / "frames", model)(batch("a"))
+    Kept(tmp_path / "frames", model)(batch("b"))
+    set_span(model.encoder, Span(8, 4))
+    with pytest.raises(InputError, match="frames of another encoder"):
+        Kept(tmp_path / "frames", model)(batch("c"))
 
 
 def frozen(tmp_path: Path, **changes: Any) -> dict[str, Any]:

@@ -176,6 +176,25 @@ def test_a_wide_beam_finds_the_best_of_all_texts() -> None:
     assert tuple(best.tokens) == max(texts, key=total)
 
 
+def test_a_beam_follows_each_hypothesis_with_its_own_cache() -> None:
+    model, x = head(), encoded()
+    found = SEARCHES["llm"].make({"llm": model}, tokenizer(), 3, None).decode(x)
+    for row, hypotheses in zip(rows(x), found, strict=True):
+        for one in hypotheses:
+            each = scores(model, row, list(one.tokens))
+            at = len(each) - len(one.tokens) - 1
+            expected = [each[at + u, token].item() for u, token in enumerate(one.tokens)]
+            assert one.log_probs == pytest.approx(expected, abs=1e-9)
+    assert len({tuple(one.tokens) for hypotheses in found for one in hypotheses}) > 6
+
+
+def test_what_is_there_of_a_window_makes_a_place() -> None:
+    x = random_frames([8], HEAR, seed=3)
+    holes = Frames.of(x.values, torch.tensor([[False, True, False, False, True, True, True, False]]))
+    assert Pooled(HEAR, DIM, every=2)(holes).mask.tolist() == [[True, False, True, True]]
+    assert Stacked(HEAR, DIM, every=4)(holes).mask.tolist() == [[True, True]]
+
+
 def test_pieces_of_compression() -> None:
     check_stream(Pool(3), random_frames([10, 0, 7], 4), reference=pooled)
     x = random_frames([5], HEAR, seed=3)
@@ -266,6 +285,7 @@ def test_the_objective_adds_the_mean_over_rows() -> None:
     model.double().requires_grad_(False)
     torch.set_default_dtype(torch.float64)
     llm: Any = model.heads["llm"]
+    llm.prompt = (3, 5)
     x = random_frames([9, 6, 5], 8)
     tokens, lengths = torch.tensor([[1, 2, 3], [4, 0, 0], [5, 2, 0]]), torch.tensor([3, 1, 2])
     heard, said = Heard(x, x, x), Said(tokens, lengths)

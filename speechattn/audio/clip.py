@@ -95,8 +95,11 @@ class AudioVisual(Planned):
         return None if a is None or b is None else min(a, EVERY * b)
 
     def pair(self, x: Frames) -> Pair:
-        """Both clocks."""
+        """Both clocks. ValueError for pictures of another size."""
         clip = x if isinstance(x, Clip) else Clip.blind(x, self.size)
+        if clip.lips.values.shape[2:] != (self.size, self.size):
+            found = " x ".join(map(str, clip.lips.values.shape[2:]))
+            raise ValueError(f"pictures of {found} pixels: this model sees {self.size} x {self.size}")
         return Pair(clip.sound, clip.lips)
 
     def init_state(self, x: Frames) -> Any:

@@ -19,13 +19,15 @@ __all__ = ["Altered", "Ears", "Eyes", "Fusion", "Senses", "Unstack"]
 
 
 class Part(Stream):
-    """Features `first` to `last` of frames [B, T, F], valid where the one behind them says so; reshaped to `shape`."""
+    """Of `features` those from `first` to `last`, valid where the one behind them says so; reshaped to `shape`."""
 
-    def __init__(self, first: int, last: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, first: int, last: int, shape: tuple[int, ...], features: int) -> None:
         super().__init__()
-        self.first, self.last, self.shape = first, last, shape
+        self.first, self.last, self.shape, self.features = first, last, shape, features
 
     def step(self, x: Frames, state: Any) -> tuple[Frames, Any]:
+        if x.values.shape[2] != self.features:
+            raise ValueError(f"{x.values.shape[2]} features: sound, lips and their marks are {self.features} here")
         there = x.mask & (x.values[..., self.last] > 0.5)
         part = x.values[..., self.first : self.last]
         return Frames.of(part.reshape(*part.shape[:2], *self.shape), there), state
@@ -74,9 +76,9 @@ class Senses(Serial):
     def __init__(
         self, sound: Stream, lips: Stream, *, heard: int, size: int = SIZE, deaf: float = 0.0, blind: float = 0.0
     ) -> None:
-        pixels = size * size
-        ears = Serial(part=Part(0, heard, (heard,)), branch=sound)
-        eyes = Serial(part=Part(heard + 1, heard + 1 + pixels, (size, size)), branch=lips)
+        seen = heard + 1 + size * size
+        ears = Serial(part=Part(0, heard, (heard,), seen + 1), branch=sound)
+        eyes = Serial(part=Part(heard + 1, seen, (size, size), seen + 1), branch=lips)
         super().__init__(dropped=Dropped(heard, deaf, blind), sides=Sides(ears, eyes))
 
 

@@ -133,12 +133,14 @@ class Session:
         """Samples as the model wants them, NaN where there are none; the listener has the pictures."""
         if self.closed:
             raise InputError("this session is finished; start another one")
+        if lips is not None and not isinstance(self.listener, Streaming):
+            raise InputError("this model reads windows of sound: pictures are for one that streams")
+        sound = None if samples is None else self.mono(samples, rate)  # both are looked at before either is taken
         if lips is not None:
-            if not isinstance(self.listener, Streaming):
-                raise InputError("this model reads windows of sound: pictures are for one that streams")
+            assert isinstance(self.listener, Streaming)
             self.listener.see(lips)
-        if samples is not None:
-            return self.resampled(samples, rate)
+        if sound is not None and self.resampler is not None:
+            return self.resampler.feed(sound)
         if lips is None:
             raise InputError("neither samples nor pictures: wanted one of them")
         rest, self.resampler = self.held(), None
@@ -154,13 +156,14 @@ class Session:
         finally:
             self.close()
 
-    def resampled(self, samples: object, rate: int) -> Samples:
-        """Samples as the model wants them, as far as the resampler gives them already."""
+    def mono(self, samples: object, rate: int) -> Samples:
+        """Samples [n] that the resampler takes; InputError for what is none, and for another rate than before."""
+        found = to_mono(samples)
         if self.resampler is None:
             self.resampler = Resampler(rate, self.model.sample_rate)
         elif rate != self.resampler.rate:
             raise InputError(f"sample rate {rate} Hz after {self.resampler.rate} Hz in the same session")
-        return self.resampler.feed(to_mono(samples))
+        return found
 
     def rest(self) -> Samples:
         """What the resampler still holds; no more sound may come."""

@@ -21,7 +21,7 @@ def to_first(state: Tensor, mask: Tensor) -> Tensor:
     x = state.to(torch.promote_types(state.dtype, torch.float32))
     x = F.normalize(torch.where(mask[..., None], x, 0), dim=-1)
     first = torch.where(mask.any(1)[:, None], state[:, 0].to(x.dtype), 0)
-    return torch.einsum("bsd,bd->bs", x, F.normalize(first, dim=-1))
+    return (x * F.normalize(first, dim=-1)[:, None]).sum(-1)
 
 
 def decorrelation(states: Sequence[Tensor], mask: Tensor) -> Tensor:

@@ -56,4 +56,5 @@ def packed(stream: Stream, utterances: Sequence[Frames], *, rows: int = 16, piec
 
 def stacked(rows: Sequence[Frames]) -> Frames:
     """One batch of rows."""
-    return Frames(torch.cat([x.values for x in rows]), torch.cat([x.mask for x in rows]))
+    whole: Frames = tree.concat(rows)
+    return whole

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speechattn.attention.pattern import Blocks, Span
 from speechattn.audio.clip import Clip
 from speechattn.data.batch import Batch
 from speechattn.errors import InputError
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Kept"]
 
 MARK = "encoder.txt"  # says whose frames these are
+PLAIN = (bool, int, float, str, Span, Blocks)
 AGAIN = re.compile(r"#\d+$")  # of the id of an utterance that is heard several times in an epoch
 
 
@@ -66,7 +69,9 @@ class Kept:
         mark, mine = self.folder / MARK, digest(self.model.front_end, self.model.encoder)
         if mark.exists() and mark.read_text() != mine:
             raise InputError(f"{self.folder}: frames of another encoder; name another folder, or remove this one")
-        mark.write_text(mine)
+        part = self.folder / f".{uuid4().hex}.part"
+        part.write_text(mine)
+        part.replace(mark)
         self.marked = True
 
     def __call__(self, batch: Batch) -> Heard:
@@ -77,7 +82,7 @@ class Kept:
         seen = sound.lips.mask.any(1).tolist() if isinstance(sound, Clip) else [False] * len(batch)
         paths = [self.folder / named(name, pictures) for name, pictures in zip(batch.ids, seen, strict=True)]
         if any(not path.exists() for path in paths):
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(sound.mask.device.type, enabled=False):
                 frames = self.model.listening(sound)
             for path, x, there in zip(paths, frames.values, frames.mask, strict=True):
                 if not path.exists():  # else its sound may not have been read
@@ -108,16 +113,20 @@ def named(name: str, pictures: bool) -> str:
 
 def write(path: Path, x: Tensor) -> None:
     """Whole or not at all."""
-    part = path.with_suffix(".part")
+    part = path.with_name(f".{uuid4().hex}.part")
     with part.open("wb") as file:
         np.save(file, x.half().cpu().numpy())
     part.replace(path)
 
 
 def digest(*parts: nn.Module) -> str:
-    """Of weights."""
+    """Of weights, and of what modules know besides (spans, numbers of a front-end), as far as that is plain."""
     found = hashlib.sha256()
     for part in parts:
+        for place, module in part.named_modules():
+            for name, value in sorted(vars(module).items()):
+                if isinstance(value, PLAIN) and name != "training" and not name.startswith("_"):
+                    found.update(f"{place}.{name}={value!r}".encode())
         for name, tensor in sorted(part.state_dict().items()):
             found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()

@@ -17,6 +17,7 @@ from torch.optim import AdamW
 
 from speechattn.attention.self_attention import Spanned, set_backend, set_span
 from speechattn.audio.augment import SpecAugment
+from speechattn.audio.clip import eyes
 from speechattn.audio.normal import GlobalCMVN
 from speechattn.data.batch import Batch
 from speechattn.encoder import Encoder
@@ -76,6 +77,8 @@ class Recognizer(Task):
         for objective in objectives:
             objective.fit(self.model)
         self.leave_idle(frozen)
+        if augment is not None and eyes(front_end) is not None:
+            raise ValueError("augment: not over sound and pictures side by side; Ears and Eyes have an `augment` each")
         self.augment, self.spans = augment, spans
         self.kept = Kept.of(keep, self, frozen) if keep is not None else None
         self.search, self.beam_size, self.streamed_batches = search, beam_size, streamed_batches
@@ -163,6 +166,9 @@ class Recognizer(Task):
         """Mean and deviation over the first batches of all processes, the same in each."""
         whole = self.model.front_end
         members = whole.members if isinstance(whole, Serial) else []
+        if normal not in members and normal is not whole:
+            raise InputError("a GlobalCMVN whose statistics are not known stands in the front-end's own series, not in "
+                             "another part of it")  # fmt: skip
         before = Serial(*members[: members.index(normal)]) if normal in members else whole
         count = torch.zeros((), dtype=torch.float64)
 
@@ -231,7 +237,8 @@ class Recognizer(Task):
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Said, Tensor]:
         """Of each objective the loss of each utterance [B]; and which are `impossible` for one of them [B]."""
-        said, heard = self.said(batch), self.hear(batch.sound) if self.kept is None else self.kept(batch)
+        said, kept = self.said(batch), self.training and self.kept  # ids are unique among training manifests alone
+        heard = kept(batch) if kept else self.hear(batch.sound)
         lost = torch.stack([o.impossible(heard, said) for o in self.objectives]).any(0)
         return {o.name: o.losses(self.model, heard, said) for o in self.objectives}, said, lost
 
