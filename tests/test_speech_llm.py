@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from speechattn import Session
 from speechattn.errors import InputError, ModelError
 from speechattn.frames import Frames
+from speechattn.live.endings import StreamSettings
 from speechattn.model.folder import from_config, load_folder, save_model
 from speechattn.model.searches import SEARCHES
 from speechattn.multimodal.layout import BOS, LIPS, MARK, NOTHING, PROMPT, SINK, SOUND, TEXT, laid
@@ -270,6 +272,36 @@ def test_a_model_folder_keeps_it(tmp_path: Path) -> None:
     assert [row[0].tokens for row in said] == [row[0].tokens for row in again.search(beam_size=2).decode(y)]
     with pytest.raises(InputError, match="allow llm"):
         model.search("ctc")
+
+
+@pytest.mark.parametrize("hearing", [False, True])
+def test_a_session_hears_what_a_search_says(hearing: bool) -> None:
+    """Without a head that hears the end of an utterance it is the end of the sound."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(3)
+    ctc = {"class_path": "speechattn.decoder.ctc.CTC", "init_args": {"dim": 8, "vocab": 7}}
+    heads = {**CONFIG["heads"], **({"ctc": ctc} if hearing else {})}  # type: ignore[dict-item]
+    model = from_config({**CONFIG, "heads": heads}, tokenizer()).eval().requires_grad_(False)
+    model.heads["llm"].lm.lm_head.weight[END] = 0.0  # type: ignore[union-attr, index]
+    model.heads["llm"].lm.lm_head.weight.mul_(3.0)  # type: ignore[union-attr, operator]
+    if hearing:
+        model.ctc.head.bias[0] = -20.0
+    sound = random_frames([8000])
+    best = model.search("llm", beam_size=1).decode(model.listening(sound))[0][0]
+    assert len(best.tokens) > 3
+    session, samples = Session(model, search=model.search("llm", beam_size=1)), sound.values[0].numpy()
+    events = [event for at in range(0, 8000, 3000) for event in session.feed(samples[at : at + 3000], 16000)]
+    events += session.finish()
+    assert "".join(event.committed for event in events).split() == model.tokenizer.decode(best.tokens).split()
+
+
+def test_a_session_without_end_has_utterances_that_end() -> None:
+    torch.set_default_dtype(torch.float32)
+    model = from_config(CONFIG, tokenizer()).eval()
+    session = Session(model, settings=StreamSettings(longest_s=1.0))
+    noise = random_frames([16000]).values[0].numpy()
+    ends = [at for at in range(9) if any(event.final for event in session.feed(noise, 16000))]
+    assert len(ends) == 2
 
 
 def test_a_vocabulary_that_does_not_fit_is_an_error() -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from speechattn.errors import InputError, ModelError
-from speechattn.multimodal.scorer import SpeechLLMScorer
+from speechattn.multimodal.scorer import SpeechLLMBeam, SpeechLLMScorer
 from speechattn.search import Search
 from speechattn.search.aligned import AlignedGreedy
 from speechattn.search.attention import AttentionScorer
@@ -226,7 +226,8 @@ class ByLanguageModel:
             scorers.append((LENGTH_WEIGHT, LengthBonus(tokenizer.size)))
         if phrases is not None:
             scorers.append((1.0, PhraseScorer(phrases)))
-        return JointBeam(scorers, size, eos=end, most=MOST, never=sorted(tokenizer.special - {end}))
+        kind = JointBeam if any(name in heads for name in HEARING) else SpeechLLMBeam
+        return kind(scorers, size, eos=end, most=MOST, never=sorted(tokenizer.special - {end}))
 
 
 def ending(tokenizer: Pieces) -> int:

@@ -11,10 +11,12 @@ from torch import Tensor
 from speechattn.frames import Frames
 from speechattn.multimodal.layout import laid
 from speechattn.multimodal.speech_llm import SpeechLLM
+from speechattn.search.beam import Beam
+from speechattn.search.joint import JointBeam
 from speechattn.search.language_model import folded, picked, unfolded
 from speechattn.tree import node
 
-__all__ = ["SpeechLLMScorer", "SpeechLLMState"]
+__all__ = ["SpeechLLMBeam", "SpeechLLMScorer", "SpeechLLMState"]
 
 
 @node
@@ -66,3 +68,15 @@ class SpeechLLMScorer:
     def select(self, state: SpeechLLMState, parents: Tensor) -> SpeechLLMState:
         at = parents[..., None].expand(-1, -1, state.next.shape[2])
         return SpeechLLMState(picked(state.cache, parents, state.next.shape[1]), state.next.gather(1, at))
+
+
+class SpeechLLMBeam(JointBeam):
+    """A `JointBeam` for models in which no head hears where nobody speaks: nobody does as far as a session knows.
+
+    So an utterance lasts until the sound ends, or is too long.
+    """
+
+    hears = True
+
+    def waited(self, beam: Beam) -> Tensor:
+        return torch.zeros_like(beam.frames)
