@@ -25,6 +25,7 @@ from speechattn.attention.quest import Quest
 from speechattn.attention.sparse import SparseSelfAttention
 from speechattn.audio.clip import AudioVisual
 from speechattn.audio.lips import Grey, LipNet
+from speechattn.audio.lips3d import Conv3d, LipResNet3D
 from speechattn.audio.spectrum import CentredLogMel, KaldiFbank, LogMel
 from speechattn.audio.waves import Conv1d, Mean, WaveResNet
 from speechattn.decoder.ctc import CTC, SelfConditioned
@@ -92,7 +93,8 @@ ELSEWHERE: dict[type, str] = {
     StreamingEncoder: "test_embedded.py", Turning: "test_embedded.py", Floored: "test_embedded.py",
     Letters: "test_embedded.py", OwnTokens: "test_espnet_st.py", Revising: "test_revising.py", Hearing: "test_terms.py",
     Grey: "test_lips.py", LipNet: "test_lips.py", Conv1d: "test_lips.py", Mean: "test_lips.py",
-    WaveResNet: "test_lips.py", AudioVisual: "test_audio_visual.py", Senses: "test_audio_visual.py",
+    WaveResNet: "test_lips.py", Conv3d: "test_lips.py", LipResNet3D: "test_lips.py",
+    AudioVisual: "test_audio_visual.py", Senses: "test_audio_visual.py",
     Part: "test_audio_visual.py", Dropped: "test_audio_visual.py", Sides: "test_audio_visual.py",
     Unstack: "test_audio_visual.py", Altered: "test_audio_visual.py", Ears: "test_audio_visual.py",
     Eyes: "test_audio_visual.py", Fusion: "test_audio_visual.py", Pool: "test_speech_llm.py",
