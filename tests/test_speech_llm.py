@@ -190,13 +190,6 @@ def test_a_beam_follows_each_hypothesis_with_its_own_cache() -> None:
     assert len({tuple(one.tokens) for hypotheses in found for one in hypotheses}) > 6
 
 
-def test_what_is_there_of_a_window_makes_a_place() -> None:
-    x = random_frames([8], HEAR, seed=3)
-    holes = Frames.of(x.values, torch.tensor([[False, True, False, False, True, True, True, False]]))
-    assert Pooled(HEAR, DIM, every=2)(holes).mask.tolist() == [[True, False, True, True]]
-    assert Stacked(HEAR, DIM, every=4)(holes).mask.tolist() == [[True, True]]
-
-
 def test_pieces_of_compression() -> None:
     check_stream(Pool(3), random_frames([10, 0, 7], 4), reference=pooled)
     x = random_frames([5], HEAR, seed=3)

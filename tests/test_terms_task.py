@@ -122,7 +122,7 @@ def test_an_index_learns_by_contrast_alone(wrong: dict[str, float]) -> None:
 def check_calibrated(matcher: Retriever, words: list[str], frames: Path) -> None:
     """The mean probability of the validation set is the mean of Platt's targets."""
     bank, held = Bank(matcher, [Term(word) for word in words]), [line(f"held-{i}", i) for i in range(2)]
-    rows = [torch.from_numpy(np.load(frames / named(utterance.id))).float()[None] for utterance in held]
+    rows = [torch.from_numpy(np.load(frames / named(utterance.id, False))).float()[None] for utterance in held]
     odds = torch.cat([bank.odds(Frames(x, torch.ones(x.shape[:2], dtype=torch.bool))) for x in rows])
     label = torch.tensor([[said_in(word, worded(utterance.text)) for word in words] for utterance in held])
     said, silent = int(label.sum()), int((~label).sum())

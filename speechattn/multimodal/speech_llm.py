@@ -34,16 +34,14 @@ class Pool(Sliding):
 class Side(nn.Module):
     """Frames of one sense [B, T, width] -> embeddings of a language model [B, T / every, dim].
 
-    `compress` makes one of `every` frames, perhaps a wider one (of `wide` features), an MLP projects them; what is made
-    is there where any of the frames is. With `norm` a
-    LayerNorm comes last (as in the paper that studies sinks, arXiv 2510.22603).
+    `compress` makes fewer and perhaps wider frames (of `wide` features), an MLP projects them. What is made of several
+    is there where the first of them is. With `norm` a LayerNorm comes last (as in the paper that studies sinks, arXiv
+    2510.22603).
     """
 
-    def __init__(
-        self, compress: Stream, every: int, width: int, wide: int, dim: int, inner: int, *, norm: bool
-    ) -> None:  # fmt: skip
+    def __init__(self, compress: Stream, width: int, wide: int, dim: int, inner: int, *, norm: bool) -> None:
         super().__init__()
-        self.compress, self.every, self.width = compress, every, width
+        self.compress, self.width = compress, width
         self.project = nn.Sequential(
             nn.Linear(wide, inner), nn.ReLU(), nn.Linear(inner, dim), nn.LayerNorm(dim) if norm else nn.Identity()
         )
@@ -51,23 +49,21 @@ class Side(nn.Module):
     def forward(self, x: Frames) -> Frames:
         """`x` [B, T, width]."""
         y: Frames = self.compress(x)
-        n, every = y.mask.shape[1], self.every
-        there = F.pad(x.mask, [0, every * n - x.mask.shape[1]]).view(len(x.mask), n, every).any(2)
-        return Frames.of(self.project(y.values), there)
+        return Frames.of(self.project(y.values), y.mask)
 
 
 class Stacked(Side):
     """Compression that puts `every` neighbours side by side."""
 
     def __init__(self, width: int, dim: int, *, every: int, inner: int = 2048, norm: bool = False) -> None:
-        super().__init__(Stack(every, every), every, width, every * width, dim, inner, norm=norm)
+        super().__init__(Stack(every, every), width, every * width, dim, inner, norm=norm)
 
 
 class Pooled(Side):
     """Compression by the mean of `every` neighbours."""
 
     def __init__(self, width: int, dim: int, *, every: int, inner: int = 2048, norm: bool = False) -> None:
-        super().__init__(Pool(every), every, width, width, dim, inner, norm=norm)
+        super().__init__(Pool(every), width, width, dim, inner, norm=norm)
 
 
 def senses(x: Frames, sides: Sequence[Side]) -> list[Frames]:
