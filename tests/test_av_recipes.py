@@ -6,6 +6,7 @@ import json
 import warnings
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from speechattn.audio.clip import AudioVisual, Clip
 from speechattn.audio.vision import write_video
 from speechattn.data.cuts import Manifest, load_lips
 from speechattn.data.prepare.manifests import Utterance, write_manifests
+from speechattn.errors import InputError
 from speechattn.frames import Frames
 from speechattn.model import Recognizer, load_model
 from speechattn.multimodal.speech_llm import SpeechLLM
@@ -216,6 +218,18 @@ def test_a_recipe_trains_and_what_it_makes_decodes(
             best = answers.decode(model.listening(heard))[0][0]
             assert isinstance(model.tokenizer.decode(best.tokens), str)
             assert np.isfinite(best.score)
+
+
+@quiet
+def test_pictures_of_another_size_are_found_before_the_training(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    model = run("av/synthetic.yaml", place).model
+    data = SimpleNamespace(rate=16000, video=True, video_size=96, check=None)
+    monkeypatch.setattr(type(model), "trainer", SimpleNamespace(datamodule=data))
+    with pytest.raises(InputError, match="video_size 96: the model sees pictures of 88 x 88"):
+        model.setup("fit")
+    data.video = False
+    model.setup("fit")
 
 
 def test_whichever_tokenizer_a_folder_has_is_loaded(place: Path, tmp_path: Path) -> None:

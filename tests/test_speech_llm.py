@@ -227,6 +227,8 @@ def test_one_sense_alone_reads_all_features() -> None:
     assert (kinds == SOUND).sum(1).tolist() == [2, 1]  # zeros are no missing sense there
     with pytest.raises(ValueError, match="reads 5"):
         model.inspect(random_frames([4], 6), TOKENS[:1], LENGTHS[:1])
+    with pytest.raises(ValueError, match="token 7 of prompt or bos: the language model has 0 to 6"):
+        head(prompt=(2, 7))
     with pytest.raises(ValueError, match="wanted one of both"):
         head(sound=None, lips=None)
 

@@ -74,7 +74,7 @@ class AudioVisual(Planned):
     """A `Clip`, or sound [B, N] alone -> features of sound and pixels of lips, 25 a second [B, T, D + H * W + 2].
 
     `sound` makes 25 frames a second of D features, `lips` grey pixels. Behind each of both stands a one where it is
-    there; a frame is valid where either is. Both are told apart again by `speechattn.encoder.Senses`.
+    there; a frame is valid where either is. Both are told apart again by `speechattn.encoder.senses.Senses`.
     """
 
     def __init__(self, sound: Stream, lips: Stream | None = None, *, size: int = SIZE) -> None:

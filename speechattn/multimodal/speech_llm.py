@@ -100,6 +100,8 @@ class SpeechLLM(nn.Module):
         self.lm: CausalLM = lm  # type: ignore[assignment]
         self.sound, self.lips = sound, lips
         self.prompt, self.bos = tuple(prompt), bos
+        if wrong := [i for i in (*prompt, *([] if bos is None else [bos])) if not 0 <= i < self.lm.vocab]:
+            raise ValueError(f"token {wrong[0]} of prompt or bos: the language model has 0 to {self.lm.vocab - 1}")
         self.marks = nn.Parameter(0.02 * torch.randn(5, self.lm.dim))
         self.sinks = nn.Parameter(0.02 * torch.randn(sinks, self.lm.dim))
 

@@ -143,6 +143,9 @@ class Recognizer(Task):
         data = getattr(self.trainer, "datamodule", None)
         if (rate := getattr(data, "rate", self.model.sample_rate)) != self.model.sample_rate:
             raise InputError(f"data.rate {rate}: the model hears {self.model.sample_rate} samples a second")
+        sees, size = eyes(self.model.front_end), getattr(data, "video_size", None)
+        if sees is not None and size is not None and getattr(data, "video", False) and size != sees.size:
+            raise InputError(f"data.video_size {size}: the model sees pictures of {sees.size} x {sees.size} pixels")
         self.exact = {name: tensor.clone() for name, tensor in self.model.front_end.state_dict().items()}
         if self.kept is not None:
             self.kept.fit(data)
